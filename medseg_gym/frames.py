@@ -1,0 +1,137 @@
+"""The only coordinate conversions: pixels <-> 0-999 grid <-> tool input <-> letterboxed view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from medseg_gym.types import Action, Box, Click, Image, Mask
+
+GRID = 1000  # grid positions 0..999 along the padded square's side
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The 0-999 grid over the padded square of an (H, W) image; integer arithmetic, so exact."""
+
+    height: int
+    width: int
+
+    @property
+    def side(self) -> int:
+        return max(self.height, self.width)
+
+    @property
+    def pad_x(self) -> int:
+        return (self.side - self.width) // 2
+
+    @property
+    def pad_y(self) -> int:
+        return (self.side - self.height) // 2
+
+    def to_pixel(self, gx: int, gy: int) -> tuple[int, int]:
+        """The pixel under a grid position; a position in the padding gives the nearest pixel of the image."""
+        return (
+            _clamp((2 * gx + 1) * self.side // (2 * GRID) - self.pad_x, self.width),
+            _clamp((2 * gy + 1) * self.side // (2 * GRID) - self.pad_y, self.height),
+        )
+
+    def from_pixel(self, x: int, y: int) -> tuple[int, int]:
+        """The grid position of a pixel's centre. Inverse of to_pixel while the side is at most 1000."""
+        return (
+            (2 * (x + self.pad_x) + 1) * GRID // (2 * self.side),
+            (2 * (y + self.pad_y) + 1) * GRID // (2 * self.side),
+        )
+
+    def snap(self, action: Action) -> Action:
+        """The action the grid can express nearest to the given one; idempotent. Pixels outside are clamped first."""
+        if isinstance(action, Click):
+            x, y = self._snap(action.x, action.y)
+            return Click(x, y, action.positive)
+        if isinstance(action, Box):
+            (x1, y1), (x2, y2) = self._snap(action.x1, action.y1), self._snap(action.x2, action.y2)
+            return Box(min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        return action
+
+    def _snap(self, x: int, y: int) -> tuple[int, int]:
+        return self.to_pixel(*self.from_pixel(_clamp(x, self.width), _clamp(y, self.height)))
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFrame:
+    """A tool's square input of side `size`, to which an (H, W) image is stretched per axis."""
+
+    height: int
+    width: int
+    size: int
+
+    def to_tool(self, x: float, y: float) -> tuple[float, float]:
+        return x * self.size / self.width, y * self.size / self.height
+
+    def from_tool(self, x: float, y: float) -> tuple[float, float]:
+        return x * self.width / self.size, y * self.height / self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Letterbox:
+    """The S x S view of an (H, W) image: scaled to fit, centred, padded with black."""
+
+    height: int
+    width: int
+    size: int
+
+    @property
+    def scale(self) -> float:
+        return self.size / max(self.height, self.width)
+
+    @property
+    def content(self) -> tuple[int, int, int, int]:
+        """x, y, width, height of the image inside the view, in view pixels; at least one pixel each way."""
+        side = max(self.height, self.width)
+        grid = Grid(self.height, self.width)
+        w = max(1, round(self.width * self.size / side))
+        h = max(1, round(self.height * self.size / side))
+        x = min(round(grid.pad_x * self.size / side), self.size - w)
+        y = min(round(grid.pad_y * self.size / side), self.size - h)
+        return x, y, w, h
+
+    def to_view(self, x: float, y: float) -> tuple[float, float]:
+        """View position of an image position; both measure from the top left corner of pixel (0, 0)."""
+        left, top, w, h = self.content
+        return left + x * w / self.width, top + y * h / self.height
+
+    def from_view(self, x: float, y: float) -> tuple[float, float]:
+        left, top, w, h = self.content
+        return (x - left) * self.width / w, (y - top) * self.height / h
+
+    def view_image(self, image: Image) -> Image:
+        """The (S, S, 3) view; averaging when it shrinks, linear when it grows, a plain copy at the same size."""
+        import cv2
+
+        x, y, w, h = self.content
+        shrinks = w < self.width or h < self.height
+        inner = image
+        if (h, w) != image.shape[:2]:
+            inner = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        view = np.zeros((self.size, self.size, 3), np.uint8)
+        view[y : y + h, x : x + w] = inner
+        return view
+
+    def view_mask(self, mask: Mask) -> Mask:
+        """The (S, S) view of a mask, nearest neighbour; the padding is False."""
+        import cv2
+
+        x, y, w, h = self.content
+        inner = mask.view(np.uint8)
+        if (h, w) != mask.shape:
+            inner = cv2.resize(inner, (w, h), interpolation=cv2.INTER_NEAREST)
+        if (h, w) == (self.size, self.size):
+            return inner.view(np.bool_)
+        view = np.zeros((self.size, self.size), np.bool_)
+        view[y : y + h, x : x + w] = inner.view(np.bool_)
+        return view
+
+
+def _clamp(value: int, length: int) -> int:
+    return min(max(int(value), 0), length - 1)

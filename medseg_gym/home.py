@@ -1,0 +1,28 @@
+"""Where prepared datasets, weights and caches lie on this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def home() -> Path:
+    """`$MEDSEG_GYM_HOME`, else the user's cache folder; not created here."""
+    if given := os.environ.get("MEDSEG_GYM_HOME"):
+        return Path(given).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "medseg-gym"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local"))) / "medseg-gym"
+    return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "medseg-gym"
+
+
+def dataset_path(name: str) -> Path:
+    """The store of a prepared dataset."""
+    return home() / "datasets" / f"{name}.h5"
+
+
+def weights_path(tool: str) -> Path:
+    """The folder (config.json, model.safetensors) of a tool's weights."""
+    return home() / "weights" / tool
