@@ -25,30 +25,32 @@ def encode_mask(mask: Mask) -> dict[str, Any]:
 
 def decode_mask(rle: Mapping[str, Any]) -> Mask:
     """The (H, W) mask of COCO run lengths; BadDataError if they do not add up to H * W."""
-    from pycocotools import mask as coco
-
     try:
         height, width = (int(n) for n in rle["size"])
-        counts = rle["counts"].encode("ascii")
-    except (KeyError, TypeError, ValueError, AttributeError, UnicodeEncodeError) as error:
+        runs = _runs(rle["counts"].encode("ascii"))
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise BadDataError(f"not run lengths: {error!r}; wanted {{'size': [H, W], 'counts': str}}") from None
-    if height < 1 or width < 1 or height * width > MAX_MASK_PIXELS or _total(counts) != height * width:
+    if height < 1 or width < 1 or height * width > MAX_MASK_PIXELS or sum(runs) != height * width:
         raise BadDataError(f"run lengths do not add up to {height} x {width} pixels")
-    return coco.decode({"size": [height, width], "counts": counts}).astype(np.bool_)
+    values = np.arange(len(runs)) % 2 == 1  # runs of background and mask take turns, column by column
+    return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)
 
 
-def _total(counts: bytes) -> int:
-    """Pixels that the compressed runs cover, or -1 where a run is negative or cut off (pycocotools does not look)."""
+def _runs(counts: bytes) -> list[int]:
+    """The runs of COCO's compressed text; ValueError where one is negative or cut off.
+
+    pycocotools' own decoder neither looks nor stops at the mask's end, and files come from strangers.
+    """
     runs: list[int] = []
     position = 0
     while position < len(counts):
         value, shift, more = 0, 0, True
         while more:
             if position == len(counts) or shift > 60:
-                return -1
+                raise ValueError("a run is cut off")
             char = counts[position] - 48
             if not 0 <= char < 64:
-                return -1
+                raise ValueError(f"character {chr(counts[position])!r}")
             value |= (char & 31) << shift
             more = bool(char & 32)
             position += 1
@@ -58,9 +60,9 @@ def _total(counts: bytes) -> int:
         if len(runs) > 2:
             value += runs[-2]
         if value < 0:
-            return -1
+            raise ValueError("a run is negative")
         runs.append(value)
-    return sum(runs)
+    return runs
 
 
 def encode_action(action: Action | Unreadable) -> dict[str, Any]:
@@ -72,11 +74,17 @@ _ACTIONS: dict[str, type] = {t.__name__.lower(): t for t in (Click, Box, Stop, U
 
 
 def decode_action(record: Mapping[str, Any]) -> Action | Unreadable:
+    """The action of a record; BadDataError where its kind, a name or a value's type is not encode_action's."""
     try:
         kind = _ACTIONS[record["do"]]
-        return kind(**{name: value for name, value in record.items() if name != "do"})
-    except (KeyError, TypeError) as error:
-        raise BadDataError(f"not an action: {dict(record)!r} ({error})") from None
+        values = {name: value for name, value in record.items() if name != "do"}
+        for name, value in values.items():
+            wanted = {"positive": bool, "reason": str}.get(name, int)
+            if type(value) is not wanted:
+                raise TypeError(f"{name} is {value!r}; wanted {wanted.__name__}")
+        return kind(**values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadDataError(f"not an action: {record!r} ({error})") from None
 
 
 def to_json(episode: Episode) -> str:
@@ -93,13 +101,14 @@ def to_json(episode: Episode) -> str:
         }
         for turn in episode.turns
     ]
-    return json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    line = json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return line.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair in a completion is no UTF-8
 
 
 def from_json(line: str) -> Episode:
     """The episode of one line; BadDataError says what is wrong with it."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=_refuse)
         if record.get("schema") != EPISODE_SCHEMA:
             raise BadDataError(f"episode schema {record.get('schema')!r}; this version reads {EPISODE_SCHEMA}")
         record["turns"] = tuple(Turn(**{**t, "action": decode_action(t["action"])}) for t in record["turns"])
@@ -107,5 +116,11 @@ def from_json(line: str) -> Episode:
         if record["spacing_mm"] is not None:
             record["spacing_mm"] = tuple(record["spacing_mm"])
         return Episode(**record)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except BadDataError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise BadDataError(f"not an episode: {error!r}") from None
+
+
+def _refuse(constant: str) -> None:
+    raise BadDataError(f"not an episode: {constant} is no number")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,18 +17,15 @@ class Grid:
 
     height: int
     width: int
+    side: int = field(init=False)
+    pad_x: int = field(init=False)
+    pad_y: int = field(init=False)
 
-    @property
-    def side(self) -> int:
-        return max(self.height, self.width)
-
-    @property
-    def pad_x(self) -> int:
-        return (self.side - self.width) // 2
-
-    @property
-    def pad_y(self) -> int:
-        return (self.side - self.height) // 2
+    def __post_init__(self) -> None:
+        side = max(self.height, self.width)
+        object.__setattr__(self, "side", side)
+        object.__setattr__(self, "pad_x", (side - self.width) // 2)
+        object.__setattr__(self, "pad_y", (side - self.height) // 2)
 
     def to_pixel(self, gx: int, gy: int) -> tuple[int, int]:
         """The pixel under a grid position; a position in the padding gives the nearest pixel of the image."""
@@ -81,20 +78,19 @@ class Letterbox:
     width: int
     size: int
 
+    content: tuple[int, int, int, int] = field(init=False)  # x, y, width, height of the image, in view pixels
+
+    def __post_init__(self) -> None:
+        grid = Grid(self.height, self.width)
+        w = max(1, round(self.width * self.size / grid.side))
+        h = max(1, round(self.height * self.size / grid.side))
+        x = min(round(grid.pad_x * self.size / grid.side), self.size - w)
+        y = min(round(grid.pad_y * self.size / grid.side), self.size - h)
+        object.__setattr__(self, "content", (x, y, w, h))
+
     @property
     def scale(self) -> float:
         return self.size / max(self.height, self.width)
-
-    @property
-    def content(self) -> tuple[int, int, int, int]:
-        """x, y, width, height of the image inside the view, in view pixels; at least one pixel each way."""
-        side = max(self.height, self.width)
-        grid = Grid(self.height, self.width)
-        w = max(1, round(self.width * self.size / side))
-        h = max(1, round(self.height * self.size / side))
-        x = min(round(grid.pad_x * self.size / side), self.size - w)
-        y = min(round(grid.pad_y * self.size / side), self.size - h)
-        return x, y, w, h
 
     def to_view(self, x: float, y: float) -> tuple[float, float]:
         """View position of an image position; both measure from the top left corner of pixel (0, 0)."""
@@ -119,13 +115,16 @@ class Letterbox:
         return view
 
     def view_mask(self, mask: Mask) -> Mask:
-        """The (S, S) view of a mask, nearest neighbour; the padding is False."""
+        """The (S, S) view of a mask, nearest neighbour; the padding is False.
+
+        OpenCV's plain INTER_NEAREST samples the top left of each cell, half a view pixel off the image's view.
+        """
         import cv2
 
         x, y, w, h = self.content
         inner = mask.view(np.uint8)
         if (h, w) != mask.shape:
-            inner = cv2.resize(inner, (w, h), interpolation=cv2.INTER_NEAREST)
+            inner = cv2.resize(inner, (w, h), interpolation=cv2.INTER_NEAREST_EXACT)
         if (h, w) == (self.size, self.size):
             return inner.view(np.bool_)
         view = np.zeros((self.size, self.size), np.bool_)

@@ -60,10 +60,10 @@ def after(
     is_prompt = isinstance(action, Click | Box)
     executed = is_prompt or isinstance(action, Undo)
     rise = max(0.0, iou - before.iou) if executed and before.executed >= 1 else 0.0
-    return replace(
-        before,
+    return Progress(  # not dataclasses.replace, which costs a tenth of a millisecond's step
         iou=iou,
         dice=dice,
+        start_q=before.start_q,
         best_q=max(before.best_q, 0.5 * (iou + dice)),
         last_iou=before.iou,
         best_iou=max(before.best_iou, iou) if executed else before.best_iou,

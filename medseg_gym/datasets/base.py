@@ -15,8 +15,13 @@ SPLITS = ("train", "val", "test")
 class Dataset(Protocol):
     """Cases by key. Opening is cheap; nothing is read before it is asked for."""
 
-    name: str
-    structures: tuple[str, ...]  # every structure that occurs, in a fixed order
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """Every structure that occurs, in a fixed order."""
+        ...
 
     def keys(self, split: str, structures: Sequence[str] = ()) -> Sequence[str]:
         """The keys of a split ("train", "val", "test"), in a fixed order; `structures` keeps only these."""

@@ -105,7 +105,7 @@ class SegmentVectorEnv(VectorEnv[Any, Any, Any]):
             infos = self._add_info(infos, final, i)
         return self._observe(everyone), rewards, terminated, truncated, infos
 
-    def render(self) -> tuple[Image, ...] | None:
+    def render(self) -> tuple[Image, ...] | None:  # type: ignore[override]
         """One picture a slot."""
         if self.render_mode is None:
             return None

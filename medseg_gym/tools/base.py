@@ -31,11 +31,28 @@ START_LOGIT = 10.0  # a given start mask becomes the prior 20 * mask - 10
 class SegmentationTool(Protocol):
     """A promptable model. Holds weights, never an image: all about an image is in its embedding."""
 
-    name: str
-    fingerprint: str  # changes with weights, preprocessing and every switch that changes an answer
-    prompts: frozenset[type[Prompt]]  # what it can be asked with
-    memory: Memory  # whether a query carries all prompts in force or the newest only
-    max_batch: int  # the most images or queries in one forward pass
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with weights, preprocessing and every switch that changes an answer."""
+        ...
+
+    @property
+    def prompts(self) -> frozenset[type[Prompt]]:
+        """What it can be asked with."""
+        ...
+
+    @property
+    def memory(self) -> Memory:
+        """Whether a query carries all prompts in force or the newest only."""
+        ...
+
+    @property
+    def max_batch(self) -> int:
+        """The most images or queries in one forward pass."""
+        ...
 
     def encode(self, images: Sequence[Image]) -> list[Embedding]:
         """One embedding an image, in order; pure."""

@@ -1,0 +1,223 @@
+"""`evaluate`: policies on envs, resumable, from episodes to summary and report."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import AutoresetMode
+
+from medseg_gym import policies as policy_registry
+from medseg_gym.bench.cases import choose_cases
+from medseg_gym.bench.drive import drive
+from medseg_gym.bench.rundir import RunDir
+from medseg_gym.bench.summary import SUMMARY_SCHEMA, summarise_row
+from medseg_gym.envs.vector import SegmentVectorEnv
+from medseg_gym.errors import MedSegError, unknown
+from medseg_gym.policies.base import Policy
+from medseg_gym.types import Episode
+
+Progress = Callable[[str, int, int], None]  # (label, cases done, cases)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation gives back."""
+
+    summary: Mapping[str, Any]
+    episodes: tuple[Episode, ...]
+    directory: Path
+    report: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    env: SegmentVectorEnv
+    env_id: str
+    policy: Policy
+    label: str
+    keys: list[str]
+
+
+def evaluate(
+    env: str | Sequence[str],
+    policy: str | Policy | Sequence[str | Policy],
+    *,
+    out: str | Path,
+    cases: int | None = 100,
+    seed: int = 0,
+    split: str = "test",
+    num_envs: int = 8,
+    restart: bool = False,
+    report: bool = True,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Plays every policy on every env and writes episodes.jsonl, summary.json, times.json and report.html into `out`.
+
+    Cases are a seeded choice of the split (bench.cases). An interrupted run goes on when it is called again with the
+    same arguments, and ends with the same files, times aside. Failed and unreadable episodes count as 0.
+    `options` are the env's (horizon=, reward=, structures=, verbs=, tool_options=, ...).
+    """
+    envs = [env] if isinstance(env, str) else list(env)
+    wanted = [policy] if isinstance(policy, str) or not isinstance(policy, Sequence) else list(policy)
+    if not envs or not wanted:
+        raise MedSegError("nothing to evaluate; give at least one env and one policy")
+    options.setdefault("on_error", "fail")
+    pairs: list[_Pair] = []
+    notes: list[str] = []
+    for env_id in dict.fromkeys(envs):
+        made = _make(env_id, num_envs, split, options)
+        keys, more = choose_cases(made.dataset, split, made.engine.config.structures, cases, seed)
+        notes += more
+        for spec in wanted:
+            ready = policy_registry.make(spec, made)
+            pairs.append(_Pair(made, env_id, ready, ready.name, keys))
+    _check_labels(pairs)
+    run = RunDir(Path(out), _settings(pairs, cases, seed, split, options), restart=restart)
+    try:
+        _check_resumed(run, pairs)
+        for pair in pairs:
+            _play(pair, run, seed, progress)
+        summary = _summary(run, pairs, cases, seed, split, notes)
+        run.write("summary.json", summary)
+        run.write("times.json", _times(run, pairs))
+        page = None
+        if report:
+            from medseg_gym.bench.report import write_report
+
+            page = write_report(run.path, {pair.env_id: pair.env.dataset for pair in pairs})
+        return Evaluation(summary, tuple(run.episodes), run.path, page)
+    finally:
+        run.close()
+
+
+def _make(env_id: str, num_envs: int, split: str, options: Mapping[str, Any]) -> SegmentVectorEnv:
+    if env_id not in gym.registry:
+        raise unknown("env", env_id, (name for name in gym.registry if name.startswith("MedSeg-")))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="an image observation does not say")  # policies get the View
+        made = gym.make_vec(
+            env_id,
+            num_envs=num_envs,
+            vectorization_mode="vector_entry_point",
+            autoreset_mode=AutoresetMode.DISABLED,
+            split=split,
+            **options,
+        )
+    assert isinstance(made, SegmentVectorEnv)
+    return made
+
+
+def _check_labels(pairs: Sequence[_Pair]) -> None:
+    seen: set[tuple[str, str]] = set()
+    for pair in pairs:
+        if (pair.env_id, pair.label) in seen:
+            raise MedSegError(f"two policies are named {pair.label!r}; give each its own .name")
+        seen.add((pair.env_id, pair.label))
+
+
+def _settings(
+    pairs: Sequence[_Pair], cases: int | None, seed: int, split: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that decides the episodes; two runs with equal settings have equal episodes."""
+    from medseg_gym import __version__
+
+    return {
+        "version": __version__,
+        "split": split,
+        "seed": seed,
+        "cases": cases,
+        "pairs": [[pair.env_id, pair.label] for pair in pairs],
+        "tools": {pair.env_id: pair.env.tool.fingerprint for pair in pairs},
+        "keys": {pair.env_id: pair.keys for pair in pairs},
+        "options": {name: repr(value) for name, value in sorted(options.items())},
+    }
+
+
+def _check_resumed(run: RunDir, pairs: Sequence[_Pair]) -> None:
+    """Episodes found on disk must be the beginning of this very run."""
+    expected = ((p.env_id, p.label, case, key) for p in pairs for case, key in enumerate(p.keys))
+    for episode, wanted in zip(run.episodes, expected, strict=False):
+        if (episode.env, episode.policy, episode.case, episode.key) != wanted:
+            raise MedSegError(
+                f"{run.path / 'episodes.jsonl'}: found case {episode.case} ({episode.key}) of {episode.policy} where "
+                f"{wanted[3]} of {wanted[1]} should be; start over with --restart"
+            )
+
+
+def _play(pair: _Pair, run: RunDir, seed: int, progress: Progress | None) -> None:
+    there = sum(e.env == pair.env_id and e.policy == pair.label for e in run.episodes)
+    label = f"{pair.env_id}  {pair.label}"
+    if progress:
+        progress(label, there, len(pair.keys))
+    todo = range(there, len(pair.keys))
+    for done, (episode, timing) in enumerate(
+        drive(pair.env, pair.policy, pair.keys, todo, label=pair.label, seed=seed), start=there + 1
+    ):
+        run.append(
+            episode, {"seconds": timing.seconds, "encodes": timing.encodes, "cache_hits": timing.cache_hits}
+        )
+        if progress:
+            progress(label, done, len(pair.keys))
+
+
+def _summary(
+    run: RunDir, pairs: Sequence[_Pair], cases: int | None, seed: int, split: str, notes: Sequence[str]
+) -> dict[str, Any]:
+    rows = []
+    notes = list(notes)
+    for pair in pairs:
+        episodes = [e for e in run.episodes if e.env == pair.env_id and e.policy == pair.label]
+        labels = {
+            "env": pair.env_id,
+            "dataset": pair.env.dataset.name,
+            "tool": pair.env.tool.name,
+            "tool_fingerprint": pair.env.tool.fingerprint,
+            "policy": pair.label,
+        }
+        rows.append(summarise_row(episodes, **labels))
+        failed = [e for e in episodes if e.ended == "failed"]
+        if failed:
+            notes.append(f"{pair.env_id}, {pair.label}: {len(failed)} episodes failed; the first: {failed[0].error}")
+    return {
+        "schema": SUMMARY_SCHEMA,
+        "split": split,
+        "seed": seed,
+        "cases_asked": cases,
+        "cases": max(len(pair.keys) for pair in pairs),
+        "notes": notes,
+        "rows": rows,
+    }
+
+
+def _times(run: RunDir, pairs: Sequence[_Pair]) -> dict[str, Any]:
+    """What must stay out of every byte comparison: seconds and cache work, with the machine."""
+    rows = []
+    for pair in pairs:
+        times = [t for t in run.times if t["env"] == pair.env_id and t["policy"] == pair.label]
+        turns = sum(len(e.turns) for e in run.episodes if e.env == pair.env_id and e.policy == pair.label)
+        seconds = sum(t["seconds"] for t in times)
+        rows.append(
+            {
+                "env": pair.env_id,
+                "policy": pair.label,
+                "seconds_per_case": seconds / max(1, len(times)),
+                "seconds_per_action": seconds / max(1, turns),
+                "encodes": sum(t["encodes"] for t in times),
+                "cache_hits": sum(t["cache_hits"] for t in times),
+            }
+        )
+    return {"machine": machine(), "rows": rows}
+
+
+def machine() -> str:
+    """The machine in a line, for people who read times."""
+    import os
+
+    return f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"

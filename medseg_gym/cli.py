@@ -1,0 +1,200 @@
+"""The command line: medseg-gym envs | evaluate | report | data ..."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from medseg_gym import __version__
+from medseg_gym.cli_data import app as data_app
+from medseg_gym.errors import MedSegError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from rich.console import Console
+
+    from medseg_gym.bench.evaluate import Progress
+
+app = typer.Typer(
+    help="Gymnasium environments for agents that segment medical images by prompting a segmentation model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data_app, name="data", help="Prepare, list and check datasets.")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"medseg-gym {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def envs(
+    text: Annotated[str, typer.Argument(help="Only ids that contain this text, whatever the case.")] = "",
+    ready: Annotated[bool, typer.Option("--ready", help="Only ids whose data and weights are there.")] = False,
+) -> None:
+    """List every env id with its dataset and tool, and whether data and weights are there."""
+    from rich.table import Table
+
+    from medseg_gym import datasets, tools
+    from medseg_gym.registration import catalogue
+
+    with_data = {name: datasets.available(name) for name in dict.fromkeys(d for _, d, _ in catalogue())}
+    with_weights = {name: tools.available(name) for name in dict.fromkeys(t for _, _, t in catalogue())}
+    table = Table("env id", "dataset", "tool", "data", "weights", box=None, header_style="bold")
+    shown = 0
+    for env_id, dataset, tool in catalogue():
+        there = with_data[dataset] and with_weights[tool]
+        if text.casefold() not in env_id.casefold() or (ready and not there):
+            continue
+        shown += 1
+        table.add_row(env_id, dataset, tool, _yes(with_data[dataset]), _yes(with_weights[tool]))
+    console = _console()
+    console.print(table)
+    console.print(f"{shown} ids; data by `medseg-gym data prepare`, and MedSeg-v0 takes any dataset= and tool=")
+
+
+@app.command()
+def evaluate(
+    env: Annotated[list[str], typer.Option("--env", help="An env id; may be given several times.")],
+    policy: Annotated[
+        list[str],
+        typer.Option("--policy", help="A policy's name, or package.module:Class; may be given several times."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write into; the same command resumes it.")],
+    cases: Annotated[int, typer.Option("--cases", help="How many cases of the split; 0 means all.")] = 100,
+    seed: Annotated[int, typer.Option("--seed", help="Chooses the cases and drives the policies.")] = 0,
+    split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "test",
+    horizon: Annotated[int, typer.Option("--horizon", help="Turns an episode may take.")] = 5,
+    reward: Annotated[str, typer.Option("--reward", help="shaped, medsam-agent or ibis.")] = "shaped",
+    structure: Annotated[
+        list[str] | None, typer.Option("--structure", help="Only cases of this structure; several times.")
+    ] = None,
+    num_envs: Annotated[int, typer.Option("--num-envs", help="Episodes under way at once.")] = 8,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what --out holds and start over.")] = False,
+) -> None:
+    """Play policies on envs; write episodes.jsonl, summary.json and report.html."""
+    from medseg_gym.bench.evaluate import evaluate as run
+
+    options: dict[str, Any] = {"horizon": horizon, "reward": reward}
+    if structure:
+        options["structures"] = tuple(structure)
+    with _clean_errors(), _progress() as progress:
+        result = run(
+            env,
+            policy,
+            out=out,
+            cases=cases or None,
+            seed=seed,
+            split=split,
+            num_envs=num_envs,
+            restart=restart,
+            progress=progress,
+            **options,
+        )
+    print_summary(result.summary)
+    print(f"report: {result.report}")
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A folder that evaluate wrote.")],
+) -> None:
+    """Write report.html of a folder again, from its episodes."""
+    import json
+
+    from medseg_gym import datasets
+    from medseg_gym.bench.report import write_report
+
+    with _clean_errors():
+        file = directory / "summary.json"
+        if not file.is_file():
+            raise MedSegError(f"{file} is not there; finish the run first: medseg-gym evaluate ... --out {directory}")
+        try:
+            rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise MedSegError(f"{file} is not a summary ({error!r}); run evaluate again") from None
+        known = {row["env"]: datasets.load(row["dataset"]) for row in rows if datasets.available(row["dataset"])}
+        print(f"report: {write_report(directory, known)}")
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """The table of an evaluation on the terminal."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("env", "policy", "cases", "Dice", "IoU", "NoC@85", "NoF@85", "actions", "tool calls", "reward"):
+        table.add_column(column, justify="left" if column in ("env", "policy") else "right", no_wrap=True)
+    for row in summary["rows"]:
+        noc = row["noc"]["85"]
+        table.add_row(
+            row["env"],
+            row["policy"],
+            str(row["episodes"]),
+            f"{row['dice']:.3f}",
+            f"{row['iou']:.3f}",
+            "-" if noc["mean"] is None else f"{noc['mean']:.2f}",
+            f"{noc['nof']:.0%}",
+            f"{row['actions']:.2f}",
+            f"{row['tool_calls']:.2f}",
+            f"{row['reward']:.3f}",
+        )
+    console = _console()
+    console.print(table)
+    for note in summary["notes"]:
+        console.print(f"[yellow]note:[/yellow] {note}", highlight=False)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _yes(there: bool) -> str:
+    return "[green]yes[/green]" if there else "[dim]no[/dim]"
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    with Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bar.add_task(label, total=total)
+            bar.update(tasks[label], completed=done)
+
+        yield show
+
+
+@contextmanager
+def _clean_errors() -> Iterator[None]:
+    """A user's mistake is one line on stderr and exit code 1, not a traceback; ^C says how to go on."""
+    try:
+        yield
+    except MedSegError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,295 @@
+"""evaluate: the files it writes, resuming after a kill, failures as zeros, and honest notes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import medseg_gym
+from medseg_gym.bench import rundir
+from medseg_gym.bench.cases import choose_cases
+from medseg_gym.bench.evaluate import evaluate
+from medseg_gym.bench.summary import summarise_row
+from medseg_gym.episodes import decode_mask, from_json
+from medseg_gym.errors import BadDataError, MedSegError, UnknownNameError
+from medseg_gym.types import Click, Decision, Stop, View
+
+ENV = "MedSeg-Phantom-Stub-v0"
+SMALL: dict[str, Any] = {"dataset_options": {"size": 64}, "size": 64}
+COMPARED = ("run.json", "episodes.jsonl", "summary.json")
+
+
+def run(out: Path, policy: Any = ("OracleBoxThenClicks", "Random"), **options: Any) -> Any:
+    options = {"cases": 6, "num_envs": 3, "report": False, **SMALL, **options}
+    return evaluate(ENV, policy, out=out, **options)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in COMPARED}
+
+
+class Crash(Exception):
+    pass
+
+
+def test_summary_agrees_with_the_episodes_and_their_masks(tmp_path: Path) -> None:
+    result = run(tmp_path)
+    lines = (tmp_path / "episodes.jsonl").read_text().splitlines()
+    episodes = [from_json(line) for line in lines]
+    assert tuple(episodes) == result.episodes and len(episodes) == 12
+    assert [e.case for e in episodes] == [*range(6), *range(6)]
+    row = result.summary["rows"][0]
+    assert row["dice"] == pytest.approx(np.mean([e.dice[-1] for e in episodes[:6]]))
+    dataset = medseg_gym.datasets.load("Phantom", size=64)
+    for episode in episodes:
+        sample = dataset[episode.key]
+        for turn, iou in zip(episode.turns, episode.iou[1:], strict=True):
+            mask = decode_mask(turn.mask)
+            union = (mask | sample.target).sum()
+            assert iou == pytest.approx((mask & sample.target).sum() / union if union else 1.0)
+
+
+def test_killed_at_any_episode_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    for kill_after in (1, 5, 6, 7, 11):
+        out = tmp_path / f"killed-{kill_after}"
+
+        def stop(label: str, done: int, total: int, state: list[int] = [0], limit: int = kill_after) -> None:  # noqa: B006
+            state[0] += done > 0
+            if state[0] == limit:
+                raise Crash
+
+        with pytest.raises(Crash):
+            run(out, progress=stop)
+        assert len((out / "episodes.jsonl").read_text().splitlines()) == kill_after
+        run(out)
+        assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_line_cut_off_by_a_kill_is_played_again(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    run(tmp_path / "cut")
+    for name in ("episodes.jsonl", "times.jsonl"):
+        file = tmp_path / "cut" / name
+        file.write_bytes(file.read_bytes()[:-40])
+    (tmp_path / "cut" / "summary.json").unlink()
+    run(tmp_path / "cut")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_the_number_of_slots_changes_nothing(tmp_path: Path) -> None:
+    run(tmp_path / "one", num_envs=1)
+    run(tmp_path / "five", num_envs=5)
+    assert contents(tmp_path / "one") == contents(tmp_path / "five")
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    def command(out: Path) -> list[str]:
+        return [sys.executable, "-m", "medseg_gym", "evaluate", "--env", ENV, "--policy", "OracleClicks",
+                "--cases", "120", "--out", str(out)]  # fmt: skip
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    out = tmp_path / "killed"
+    process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    lines = out / "episodes.jsonl"
+    while process.poll() is None and not (lines.exists() and lines.stat().st_size > 20_000):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = lines.read_bytes().count(b"\n")
+    assert 0 < before < 120, "the kill came too late to test anything"
+    subprocess.run(command(out), check=True, capture_output=True)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = contents(tmp_path), (tmp_path / "times.jsonl").read_bytes()
+    run(tmp_path)
+    assert before == (contents(tmp_path), (tmp_path / "times.jsonl").read_bytes())
+
+
+def test_other_settings_in_the_same_folder_are_refused_and_restart_begins_anew(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(MedSegError, match="another run .*seed.*--restart"):
+        run(tmp_path, seed=1)
+    run(tmp_path, seed=1, restart=True)
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 1
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path: Path) -> None:
+    first = rundir.RunDir(tmp_path, {"a": 1})
+    with pytest.raises(MedSegError, match="another run is writing"):
+        rundir.RunDir(tmp_path, {"a": 1})
+    first.close()
+    rundir.RunDir(tmp_path, {"a": 1}).close()
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    run(tmp_path)
+    file = tmp_path / "episodes.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([lines[0], "rubbish\n", *lines[2:]]))
+    with pytest.raises(BadDataError, match="line 2"):
+        run(tmp_path)
+
+
+def test_a_full_disk_says_so_and_the_run_goes_on_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "whole")
+    real, written = rundir._append, []
+
+    def full(path: Path, line: str) -> None:
+        written.append(path)
+        if len(written) > 7:
+            with path.open("ab") as handle:
+                handle.write(line[:30].encode())  # what fitted
+            raise MedSegError(f"cannot write {path}: No space left on device; make room")
+        real(path, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "_append", full)
+        with pytest.raises(MedSegError, match="No space left"):
+            run(tmp_path / "full")
+    run(tmp_path / "full")
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
+
+
+class Sulky:
+    """Raises on every other case, and stops at once on the others."""
+
+    name = "Sulky"
+
+    def act(self, views: Sequence[View], rngs: Sequence[np.random.Generator]) -> list[Decision]:
+        if any(int(v.key.split("/")[2].split("-")[0]) % 2 for v in views):
+            raise RuntimeError("I would rather not")
+        return [Decision(Stop())] * len(views)
+
+
+def test_a_policys_exception_fails_its_episode_only_and_counts_as_zero(tmp_path: Path) -> None:
+    result = run(tmp_path, Sulky(), cases=40)
+    ended = {e.key: e.ended for e in result.episodes}
+    assert {kind for key, kind in ended.items() if int(key.split("/")[2].split("-")[0]) % 2} == {"failed"}
+    assert {kind for key, kind in ended.items() if not int(key.split("/")[2].split("-")[0]) % 2} == {"stopped"}
+    assert "I would rather not" in next(e for e in result.episodes if e.ended == "failed").error
+    assert any("failed" in note for note in result.summary["notes"])
+
+
+class Garbled:
+    name = "Garbled"
+
+    def act(self, views: Sequence[View], rngs: Sequence[np.random.Generator]) -> list[Decision]:
+        return [Decision(None, text="blah", reason="no action in it")] * len(views)
+
+
+def test_unreadable_episodes_count_as_zero_even_where_the_structure_is_absent(tmp_path: Path) -> None:
+    result = run(tmp_path, Garbled(), dataset_options={"size": 64, "absent": 1.0})
+    row = result.summary["rows"][0]
+    assert {e.dice[-1] for e in result.episodes} == {1.0}  # the empty mask is right, but nobody said so
+    assert (row["dice"], row["iou"], row["ended"]["unreadable"]) == (0.0, 0.0, 6)
+    assert row["unreadable_turns"] == 30
+    assert result.episodes[0].turns[0].text == "blah"
+
+
+def test_an_action_outside_the_envs_verbs_is_an_unreadable_turn(tmp_path: Path) -> None:
+    class Clicker(Garbled):
+        name = "Clicker"
+
+        def act(self, views: Any, rngs: Any) -> list[Decision]:
+            return [Decision(Click(1, 1))] * len(views)
+
+    result = run(tmp_path, Clicker(), verbs=("box", "stop"))
+    assert result.summary["rows"][0]["unreadable_turns"] == 30
+
+
+def test_cases_are_a_seeded_choice_without_replacement() -> None:
+    dataset = medseg_gym.datasets.load("Phantom", cases=30)
+    one, notes = choose_cases(dataset, "test", (), 20, seed=0)
+    assert one == choose_cases(dataset, "test", (), 20, seed=0)[0]
+    assert one != choose_cases(dataset, "test", (), 20, seed=1)[0]
+    assert len(set(one)) == 20 and not notes and one == sorted(one)
+
+
+def test_fewer_cases_than_asked_is_said_aloud(tmp_path: Path) -> None:
+    result = run(tmp_path, cases=500, dataset_options={"size": 64, "cases": 2, "task": "fundus"})
+    there = result.summary["cases"]
+    assert 0 < there < 500
+    assert any(f"{there} cases, fewer than the 500 asked" in note for note in result.summary["notes"])
+
+
+def test_noc_never_reached_is_none_and_counted_in_nof(tmp_path: Path) -> None:
+    result = run(tmp_path, Garbled())
+    assert result.summary["rows"][0]["noc"]["90"] == {"mean": None, "reached": 0, "nof": 1.0}
+
+
+def test_dice_at_k_keeps_the_last_value_of_shorter_episodes(tmp_path: Path) -> None:
+    result = run(tmp_path, "BoxOnce")
+    row = result.summary["rows"][0]
+    assert len(row["dice_at"]) == 6
+    assert row["dice_at"][0] == 0.0 and row["dice_at"][1] == row["dice_at"][5] == row["dice"]
+
+
+def test_the_row_of_hand_made_episodes() -> None:
+    import dataclasses
+
+    result_episode = from_json(EPISODE)
+    worse = dataclasses.replace(result_episode, iou=(0.0, 0.6), dice=(0.0, 0.75), turns=result_episode.turns[:1])
+    failed = dataclasses.replace(result_episode, ended="failed", patient="b")
+    row = summarise_row([result_episode, worse, failed], env="E")
+    assert row["dice"] == pytest.approx((0.95 + 0.75 + 0) / 3)
+    assert row["noc"]["80"] == {"mean": 2.0, "reached": 1, "nof": pytest.approx(2 / 3)}
+    assert row["patients"] == 2
+    assert row["dice_at"] == pytest.approx([0, (0.8 + 0.75) / 3, (0.95 + 0.75) / 3, (0.95 + 0.75) / 3])
+
+
+EPISODE = json.dumps(
+    {
+        "env": "E", "tool": "T", "policy": "P", "case": 0, "key": "k", "structure": "s", "instruction": "i",
+        "patient": "a", "seed": 0, "horizon": 3, "reward": "shaped",
+        "turns": [
+            {"action": {"do": "box", "x1": 0, "y1": 0, "x2": 1, "y2": 1}, "reward": 0.5, "terms": {"a": 0.5},
+             "tool_called": True, "mask": {"size": [2, 2], "counts": "04"}, "text": ""},
+            {"action": {"do": "stop"}, "reward": 0.1, "terms": {"a": 0.1}, "tool_called": False,
+             "mask": {"size": [2, 2], "counts": "04"}, "text": ""},
+        ],
+        "iou": [0.0, 0.7, 0.9], "dice": [0.0, 0.8, 0.95], "ended": "stopped", "start": None, "spacing_mm": None,
+        "error": "", "schema": 1, "extra": {},
+    }
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("env", "policy", "error", "says"),
+    [
+        ("MedSeg-Phantom-Stab-v0", "BoxOnce", UnknownNameError, "did you mean 'MedSeg-Phantom-Stub-v0'"),
+        (ENV, "BoxTwice", UnknownNameError, "did you mean 'BoxOnce'"),
+        (ENV, ("BoxOnce", "BoxOnce"), MedSegError, "two policies are named"),
+        (ENV, (), MedSegError, "nothing to evaluate"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, env: str, policy: Any, error: type, says: str) -> None:
+    with pytest.raises(error, match=says):
+        evaluate(env, policy, out=tmp_path / "out", cases=2)
+
+
+def test_no_case_asked_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MedSegError, match="cases=0"):
+        run(tmp_path, cases=0)
+
+
+def test_the_report_is_written_and_needs_no_network(tmp_path: Path) -> None:
+    result = run(tmp_path, report=True, cases=3)
+    page = result.report.read_text(encoding="utf-8")
+    assert "OracleBoxThenClicks" in page
+    for outside in ('src="http', 'href="http', "url(http", "@import"):
+        assert outside not in page

@@ -1,0 +1,134 @@
+"""Other libraries on the envs: Gymnasium's wrappers, Stable-Baselines3, RLlib."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from medseg_gym import env_id, tools
+from medseg_gym.envs.wrappers import Float32, VectorFloat32, rllib_env
+from medseg_gym.errors import MedSegError
+from medseg_gym.tools.cards import TOOLS
+
+ENV = "MedSeg-Phantom-Stub-v0"
+SMALL: dict[str, Any] = {"structures": ("liver",), "dataset_options": {"size": 64, "task": "ct"}}
+RUNNABLE_TOOLS = [name for name in TOOLS if tools.available(name)]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="an image observation does not say")
+        yield
+
+
+@pytest.mark.parametrize("tool", RUNNABLE_TOOLS)
+def test_stable_baselines_checker_passes(tool: str) -> None:
+    checker = pytest.importorskip("stable_baselines3.common.env_checker")
+    env = gym.make(env_id("Phantom", tool), size=84, **SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*(image observation does not say|overlay|render).*")
+        checker.check_env(env.unwrapped, warn=True)
+
+
+@pytest.mark.slow
+def test_stable_baselines_ppo_trains_on_images() -> None:
+    sb3 = pytest.importorskip("stable_baselines3")
+    from stable_baselines3.common.env_util import make_vec_env
+
+    env = make_vec_env(ENV, n_envs=2, seed=0, env_kwargs={"size": 84, **SMALL})
+    model = sb3.PPO("CnnPolicy", env, n_steps=64, batch_size=32, n_epochs=1, seed=0, device="cpu")
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    model.learn(256)
+    assert model.num_timesteps == 256
+    assert any(not value.equal(before[name]) for name, value in model.policy.state_dict().items())
+    action, _ = model.predict(env.reset(), deterministic=True)
+    assert all(env.action_space.contains(a) for a in action)
+
+
+@pytest.mark.slow
+def test_rllib_ppo_trains_on_the_native_vector_env() -> None:
+    ray = pytest.importorskip("ray")
+    from ray.rllib.algorithms.ppo import PPOConfig
+    from ray.tune.registry import register_env
+
+    register_env("MedSeg", rllib_env)
+    ray.init(num_cpus=2, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
+    try:
+        config = (
+            PPOConfig()
+            .environment("MedSeg", env_config={"id": f"medseg_gym:{ENV}", "size": 64, **SMALL})
+            .env_runners(num_env_runners=1, num_envs_per_env_runner=4, gym_env_vectorize_mode="vector_entry_point")
+            .training(train_batch_size_per_learner=256, minibatch_size=64, num_epochs=1)
+            .debugging(seed=0)
+        )
+        algorithm = config.build_algo()
+        result = algorithm.train()
+        algorithm.stop()
+    finally:
+        ray.shutdown()
+    runners = result["env_runners"]
+    assert runners["num_env_steps_sampled"] >= 256
+    assert np.isfinite(runners["episode_return_mean"])
+
+
+def test_float32_scales_single_and_vector_observations_alike() -> None:
+    single = Float32(gym.make(ENV, size=48, **SMALL))
+    vector = rllib_env({"id": ENV, "num_envs": 2, "size": 48, **SMALL})
+    assert isinstance(vector, VectorFloat32)
+    one, many = single.reset(seed=4)[0], vector.reset(seed=4)[0]
+    assert one.dtype == np.float32 and single.observation_space.contains(one)
+    assert vector.observation_space.contains(many)
+    np.testing.assert_array_equal(one, many[0])
+    raw = gym.make(ENV, size=48, **SMALL).reset(seed=4)[0]
+    np.testing.assert_allclose(one, raw / 255, atol=1e-7)
+
+
+def test_float32_refuses_dict_observations() -> None:
+    with pytest.raises(MedSegError, match="observation="):
+        Float32(gym.make(ENV, observation="dict", **SMALL))
+    with pytest.raises(MedSegError, match="id"):
+        rllib_env({"num_envs": 2})
+
+
+def test_record_video_writes_a_film(tmp_path: Path) -> None:
+    pytest.importorskip("moviepy")
+    env = gym.make(ENV, render_mode="rgb_array", size=64, **SMALL)
+    env = gym.wrappers.RecordVideo(env, str(tmp_path), episode_trigger=lambda episode: True)
+    env.reset(seed=0)
+    env.step(np.array([2, 300, 300, 700, 700]))
+    env.step(np.array([3, 0, 0, 0, 0]))
+    env.close()
+    assert [file.suffix for file in tmp_path.iterdir()].count(".mp4") == 1
+
+
+def test_record_episode_statistics_counts_the_return() -> None:
+    env = gym.wrappers.RecordEpisodeStatistics(gym.make(ENV, **SMALL))
+    env.reset(seed=0)
+    _, first, *_ = env.step(np.array([2, 100, 100, 900, 900]))
+    *_, info = env.step(np.array([3, 0, 0, 0, 0]))
+    second = info["episode"]["r"] - first
+    assert info["episode"]["l"] == 2 and abs(second) < 1e-6
+
+
+def test_async_vector_env_of_single_envs_works() -> None:
+    env = gym.make_vec(ENV, num_envs=2, vectorization_mode="async", size=32, **SMALL)
+    obs, _ = env.reset(seed=0)
+    assert env.observation_space.contains(obs)
+    env.action_space.seed(0)
+    env.step(env.action_space.sample())
+    env.close()
+
+
+def test_a_dataset_and_a_tool_of_ones_own_go_through_make(blobs: Any) -> None:
+    from medseg_gym.tools.stub import Stub
+
+    env = gym.make("MedSeg-v0", dataset=blobs, tool=Stub(), size=32, structures=("disc",))
+    env.reset(seed=0)
+    assert env.unwrapped.dataset is blobs  # type: ignore[attr-defined]
