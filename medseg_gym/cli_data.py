@@ -1,0 +1,188 @@
+"""`medseg-gym data`: prepare, list, describe and check datasets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medseg_gym.errors import MedSegError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from medseg_gym.datasets.importers import Skipped
+    from medseg_gym.datasets.store import SplitCount, Store
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+EXAMPLES = 3  # skipped files shown for each reason
+
+
+@app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help="A dataset of the catalogue, or a name for your own data.")],
+    source: Annotated[Path, typer.Option("--from", help="The folder that holds its files.", show_default=False)],
+    layout: Annotated[str | None, typer.Option(help="How the folder is laid out: biomedparse or imis-bench.")] = None,
+    patient: Annotated[
+        str | None, typer.Option(help="Regular expression over file stems, with a group (?P<patient>...).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a prepared dataset of other content.")] = False,
+) -> None:
+    """Turn a folder of images and masks into a prepared dataset."""
+    from medseg_gym.datasets.prepare import prepare as run
+
+    with _clean_errors(), _bar() as progress:
+        report = run(name, source, layout=layout, patient=patient, force=force, progress=progress)
+    console = _console()
+    was = "was prepared already, with the same content" if report.unchanged else "is prepared"
+    console.print(f"{name} {was}: {report.images} images, {report.cases} cases", markup=False)
+    console.print(_megabytes(report.path), markup=False, soft_wrap=True)
+    _print_splits(console, report.splits)
+    _print_skipped(console, report.skipped)
+
+
+@app.command("list")
+def list_() -> None:
+    """List the datasets of the catalogue and those prepared here."""
+    from rich.table import Table
+
+    from medseg_gym.datasets import available, prepared
+    from medseg_gym.datasets.cards import DATASETS
+
+    table = Table("id", "title", "modality", "prepared", box=None, header_style="bold")
+    table.add_column("cases", justify="right")
+    for name in [*DATASETS, *(n for n in prepared() if n not in DATASETS)]:
+        card = DATASETS.get(name)
+        title, modality = (card.title, card.modality) if card else ("(your own)", "")
+        if card is not None and not card.layout:
+            state, cases = "built in", "endless"
+        elif available(name):
+            try:
+                state, cases = "yes", str(len(_store(name)))
+            except MedSegError:
+                state, cases = "damaged", ""
+        else:
+            state, cases = "", ""
+        table.add_row(name, title, modality, state, cases)
+    _console().print(table)
+
+
+@app.command()
+def info(name: Annotated[str, typer.Argument(help="A prepared dataset, or the path of an .h5 file.")]) -> None:
+    """Show structures, splits, size and checksum of a prepared dataset."""
+    from rich.table import Table
+
+    from medseg_gym.datasets.base import SPLITS
+
+    with _clean_errors():
+        store = _store(name)
+        console = _console()
+        console.print(f"{store.name}: {len(store)} cases, {len(store.structures)} structures", markup=False)
+        console.print(_megabytes(store.path), markup=False, soft_wrap=True)
+        console.print(f"checksum {store.checksum}", markup=False, soft_wrap=True)
+        _print_splits(console, store.splits())
+        table = Table("structure", box=None, header_style="bold")
+        for column in (*SPLITS, "all"):
+            table.add_column(column, justify="right")
+        for structure, counts in store.structure_counts().items():
+            table.add_row(structure, *(str(counts[split]) for split in SPLITS), str(sum(counts.values())))
+        console.print(table)
+
+
+@app.command()
+def verify(name: Annotated[str, typer.Argument(help="A prepared dataset, or the path of an .h5 file.")]) -> None:
+    """Read every record of a prepared dataset and compare it with its checksums."""
+    with _clean_errors():
+        store = _store(name)
+        with _bar() as progress:
+            problems = store.verify(progress)
+        if problems:
+            shown = "\n".join(f"    {problem}" for problem in problems[:20])
+            more = f"\n    and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise MedSegError(
+                f"{store.path}: {len(problems)} problems\n{shown}{more}\n"
+                f"Prepare it again: medseg-gym data prepare {store.name} --from FOLDER --force"
+            )
+        sound = f"{store.name} is sound: {len(store)} cases, checksum {store.checksum}"
+        _console().print(sound, markup=False, soft_wrap=True)
+
+
+def _store(name: str) -> Store:
+    from medseg_gym.datasets import load
+    from medseg_gym.datasets.store import Store
+
+    data = load(name)
+    if not isinstance(data, Store):
+        raise MedSegError(f"{name} is made as it is asked for; there is no file to look into")
+    return data
+
+
+def _print_splits(console: Console, splits: dict[str, SplitCount]) -> None:
+    from rich.table import Table
+
+    table = Table("split", box=None, header_style="bold")
+    for column in ("patients", "images", "cases"):
+        table.add_column(column, justify="right")
+    for split, count in splits.items():
+        table.add_row(split, str(count.patients), str(count.images), str(count.cases))
+    console.print(table)
+
+
+def _print_skipped(console: Console, skipped: tuple[Skipped, ...]) -> None:
+    """Skipped files by reason, the most frequent first, with a few examples each."""
+    if not skipped:
+        console.print("nothing skipped")
+        return
+    by_reason: dict[str, list[str]] = {}
+    for entry in skipped:
+        by_reason.setdefault(entry.reason, []).append(entry.file)
+    console.print(f"{len(skipped)} skipped:")
+    for reason, files in sorted(by_reason.items(), key=lambda group: (-len(group[1]), group[0])):
+        shown = ", ".join(files[:EXAMPLES]) + (", ..." if len(files) > EXAMPLES else "")
+        console.print(f"  {len(files)} x {reason}: {shown}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _megabytes(path: Path) -> str:
+    return f"{path} ({path.stat().st_size / 1e6:.1f} MB)"
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that counts images; it appears with the first one, so an early error stands alone."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=_console(stderr=True))
+    task = bar.add_task("images", total=None)
+
+    def progress(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield progress
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+@contextmanager
+def _clean_errors() -> Iterator[None]:
+    """An error of the caller's to mend is one red message and exit code 1; anything else keeps its traceback."""
+    try:
+        yield
+    except MedSegError as error:
+        sys.stdout.flush()
+        _console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
