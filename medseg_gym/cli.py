@@ -73,6 +73,8 @@ def evaluate(
     cases: Annotated[int, typer.Option("--cases", help="How many cases of the split; 0 means all.")] = 100,
     seed: Annotated[int, typer.Option("--seed", help="Chooses the cases and drives the policies.")] = 0,
     split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "test",
+    dataset: Annotated[str, typer.Option("--dataset", help="For MedSeg-v0: a prepared dataset or a store's path.")] = "",
+    tool: Annotated[str, typer.Option("--tool", help="For MedSeg-v0: a tool id or package.module:Class.")] = "",
     horizon: Annotated[int, typer.Option("--horizon", help="Turns an episode may take.")] = 5,
     reward: Annotated[str, typer.Option("--reward", help="shaped, medsam-agent or ibis.")] = "shaped",
     structure: Annotated[
@@ -85,8 +87,9 @@ def evaluate(
     from medseg_gym.bench.evaluate import evaluate as run
 
     options: dict[str, Any] = {"horizon": horizon, "reward": reward}
-    if structure:
-        options["structures"] = tuple(structure)
+    given = {"dataset": dataset, "tool": tool, "structures": tuple(structure or ())}
+    options.update({name: value for name, value in given.items() if value})
+    sys.path.insert(0, "")  # so that --policy my_module:Class finds a file beside the user
     with _clean_errors(), _progress() as progress:
         result = run(
             env,
@@ -169,18 +172,21 @@ def _progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    console = Console(stderr=True)
-    with Bar(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as bar:
-        tasks: dict[str, Any] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Bar(*columns, console=Console(stderr=True))
+    tasks: dict[str, Any] = {}
 
-        def show(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bar.add_task(label, total=total)
-            bar.update(tasks[label], completed=done)
+    def show(label: str, done: int, total: int) -> None:
+        if label not in tasks:
+            bar.start()  # not before there is something to show, or an error would follow an empty bar
+            tasks[label] = bar.add_task(label, total=total)
+        bar.update(tasks[label], completed=done)
 
+    try:
         yield show
+    finally:
+        if tasks:
+            bar.stop()
 
 
 @contextmanager

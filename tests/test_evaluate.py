@@ -293,3 +293,66 @@ def test_the_report_is_written_and_needs_no_network(tmp_path: Path) -> None:
     assert "OracleBoxThenClicks" in page
     for outside in ('src="http', 'href="http', "url(http", "@import"):
         assert outside not in page
+
+
+def test_a_dataset_of_ones_own_is_evaluated_through_medseg_v0(tmp_path: Path, blobs: Any) -> None:
+    result = evaluate("MedSeg-v0", "BoxOnce", dataset=blobs, tool="Stub", out=tmp_path, cases=4, size=64)
+    assert result.summary["rows"][0]["env"] == "MedSeg-Blobs-Stub-v0"
+    assert {e.env for e in result.episodes} == {"MedSeg-Blobs-Stub-v0"}
+    assert "Blobs" in result.report.read_text(encoding="utf-8")
+
+
+def cli(*words: str) -> Any:
+    from typer.testing import CliRunner
+
+    from medseg_gym.cli import app
+
+    return CliRunner().invoke(app, list(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--env", "MedSeg-Phantom-Stab-v0", "--policy", "BoxOnce"), "did you mean 'MedSeg-Phantom-Stub-v0'"),
+        (("--env", ENV, "--policy", "nowhere:Class"), "nowhere"),
+        (("--env", ENV, "--policy", "BoxOnce", "--split", "tst"), "did you mean 'test'"),
+        (("--env", ENV, "--policy", "BoxOnce", "--reward", "shapd"), "did you mean 'shaped'"),
+        (("--env", "MedSeg-BTCV-Stub-v0", "--policy", "BoxOnce"), "medseg-gym data prepare BTCV --from"),
+        (("--env", "MedSeg-Phantom-MedSAM2-v0", "--policy", "BoxOnce"), "medseg-gym tools download MedSAM2"),
+        (("--env", "CartPole-v1", "--policy", "BoxOnce"), "MedSeg"),
+    ],
+)
+def test_the_command_line_answers_mistakes_in_one_line(
+    tmp_path: Path, home: Path, words: tuple[str, ...], says: str
+) -> None:
+    result = cli("evaluate", *words, "--cases", "2", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert says in result.output and "Traceback" not in result.output
+
+
+def test_an_unwritable_folder_is_answered_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = cli("evaluate", "--env", ENV, "--policy", "BoxOnce", "--out", str(tmp_path / "file" / "out"))
+    assert result.exit_code == 1 and "choose another --out" in result.output
+
+
+def test_a_policy_file_beside_the_user_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_policy.py").write_text(
+        "from medseg_gym import Decision, Stop\n"
+        "class Quitter:\n"
+        "    name = 'Quitter'\n"
+        "    def act(self, views, rngs):\n"
+        "        return [Decision(Stop()) for _ in views]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    result = cli("evaluate", "--env", ENV, "--policy", "my_own_policy:Quitter", "--cases", "2", "--out", "out")
+    assert result.exit_code == 0, result.output
+    assert "Quitter" in result.output
+
+
+def test_envs_lists_ids_with_data_and_weights(home: Path) -> None:
+    result = cli("envs", "Phantom")
+    assert result.exit_code == 0
+    line = next(line for line in result.output.splitlines() if "MedSeg-Phantom-MedSAM2-v0" in line)
+    assert line.split() == ["MedSeg-Phantom-MedSAM2-v0", "Phantom", "MedSAM2", "yes", "no"]

@@ -17,6 +17,7 @@ from medseg_gym.bench.cases import choose_cases
 from medseg_gym.bench.drive import drive
 from medseg_gym.bench.rundir import RunDir
 from medseg_gym.bench.summary import SUMMARY_SCHEMA, summarise_row
+from medseg_gym.envs.segment import env_name
 from medseg_gym.envs.vector import SegmentVectorEnv
 from medseg_gym.errors import MedSegError, unknown
 from medseg_gym.policies.base import Policy
@@ -62,7 +63,8 @@ def evaluate(
 
     Cases are a seeded choice of the split (bench.cases). An interrupted run goes on when it is called again with the
     same arguments, and ends with the same files, times aside. Failed and unreadable episodes count as 0.
-    `options` are the env's (horizon=, reward=, structures=, verbs=, tool_options=, ...).
+    `options` are the env's (horizon=, reward=, structures=, verbs=, tool_options=, ...; dataset= and tool= for
+    "MedSeg-v0"), the same for every env.
     """
     envs = [env] if isinstance(env, str) else list(env)
     wanted = [policy] if isinstance(policy, str) or not isinstance(policy, Sequence) else list(policy)
@@ -71,8 +73,8 @@ def evaluate(
     options.setdefault("on_error", "fail")
     pairs: list[_Pair] = []
     notes: list[str] = []
-    for env_id in dict.fromkeys(envs):
-        made = _make(env_id, num_envs, split, options)
+    for made in (_make(name, num_envs, split, options) for name in dict.fromkeys(envs)):
+        env_id = env_name(made)
         keys, more = choose_cases(made.dataset, split, made.engine.config.structures, cases, seed)
         notes += more
         for spec in wanted:
@@ -98,7 +100,8 @@ def evaluate(
 
 
 def _make(env_id: str, num_envs: int, split: str, options: Mapping[str, Any]) -> SegmentVectorEnv:
-    if env_id not in gym.registry:
+    known = gym.registry.get(env_id)
+    if known is None or known.vector_entry_point != "medseg_gym.envs:SegmentVectorEnv":
         raise unknown("env", env_id, (name for name in gym.registry if name.startswith("MedSeg-")))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="an image observation does not say")  # policies get the View
@@ -136,7 +139,10 @@ def _settings(
         "pairs": [[pair.env_id, pair.label] for pair in pairs],
         "tools": {pair.env_id: pair.env.tool.fingerprint for pair in pairs},
         "keys": {pair.env_id: pair.keys for pair in pairs},
-        "options": {name: repr(value) for name, value in sorted(options.items())},
+        "options": {
+            name: getattr(value, "name", None) or repr(value)  # an object's repr may hold its address
+            for name, value in sorted(options.items())
+        },
     }
 
 

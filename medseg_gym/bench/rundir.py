@@ -20,7 +20,10 @@ class RunDir:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, restart: bool = False) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MedSegError(f"cannot make the folder {path}: {error.strerror or error}; choose another --out") from None
         self._lock = _lock(path)
         try:
             if restart:
@@ -120,7 +123,10 @@ def _lock(path: Path) -> int | None:
         import fcntl
     except ImportError:
         return None
-    handle = os.open(path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        handle = os.open(path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise MedSegError(f"cannot write into {path}: {error.strerror or error}; choose another --out") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

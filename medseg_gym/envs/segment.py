@@ -14,6 +14,7 @@ from medseg_gym.envs.config import EnvConfig
 from medseg_gym.envs.engine import Engine, Slot
 from medseg_gym.envs.record import episode_of
 from medseg_gym.errors import MedSegError, unknown
+from medseg_gym.registration import env_id
 from medseg_gym.tools.base import SegmentationTool
 from medseg_gym.types import Action, Episode, Image, View
 
@@ -124,10 +125,8 @@ def render_slot(slot: Slot, size: int) -> Image:
 
 
 def env_name(env: gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any]) -> str:
-    """The env's id; for a nameless env, the id its dataset and tool would have."""
-    if env.spec is not None and not env.spec.id.startswith("MedSeg-v"):
-        return env.spec.id
+    """The id that an env's dataset and tool have, or would have in the catalogue."""
     engine = getattr(env, "engine", None)
     if engine is None:
         raise MedSegError(f"{env!r} is not a MedSeg env")
-    return f"MedSeg-{engine.dataset.name}-{engine.tool.name}-v0"
+    return env_id(engine.dataset.name, engine.tool.name)
