@@ -47,6 +47,7 @@ test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"
 
 test-newest: $(VENV)-newest/.ready
+	$(VENV)-newest/bin/python -c "import gymnasium; print('gymnasium', gymnasium.__version__)"
 	$(VENV)-newest/bin/python -m pytest -q tests/test_env.py tests/test_vector.py tests/test_ids.py
 
 check: $(VENV)/.dev

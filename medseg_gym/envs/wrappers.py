@@ -35,7 +35,7 @@ class VectorFloat32(VectorObservationWrapper):
         self.single_observation_space = _floats(env.single_observation_space)
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
 
-    def observations(self, observations: NDArray[np.uint8]) -> Floats:
+    def observations(self, observations: NDArray[np.uint8]) -> Floats:  # type: ignore[override]
         return _scaled(observations)
 
 
