@@ -198,6 +198,7 @@ def _summary(
         "cases_asked": cases,
         "cases": max(len(pair.keys) for pair in pairs),
         "notes": notes,
+        "versions": versions(),
         "rows": rows,
     }
 
@@ -220,6 +221,14 @@ def _times(run: RunDir, pairs: Sequence[_Pair]) -> dict[str, Any]:
             }
         )
     return {"machine": machine(), "rows": rows}
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide an episode's bytes."""
+    from importlib.metadata import version
+
+    names = ("medseg-gym", "gymnasium", "numpy", "opencv-python-headless", "torch")
+    return {name.replace("-", "_"): version(name) for name in names}
 
 
 def machine() -> str:
