@@ -225,10 +225,15 @@ def _times(run: RunDir, pairs: Sequence[_Pair]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions that decide an episode's bytes."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    names = ("medseg-gym", "gymnasium", "numpy", "opencv-python-headless", "torch")
-    return {name.replace("-", "_"): version(name) for name in names}
+    found = {}
+    for name in ("medseg-gym", "gymnasium", "numpy", "opencv-python-headless", "torch"):
+        try:
+            found[name.replace("-", "_")] = version(name)
+        except PackageNotFoundError:  # run from a source tree, or without what this run did not need
+            continue
+    return found
 
 
 def machine() -> str:
