@@ -25,9 +25,7 @@ def main() -> None:
     config = (
         PPOConfig()
         # the module's prefix makes Gymnasium import medseg_gym in every worker; 64 is a size RLlib has filters for
-        .environment(
-            "MedSeg", env_config={"id": f"medseg_gym:{args.env}", "size": 64, "structures": (args.structure,)}
-        )
+        .environment("MedSeg", env_config={"id": f"medseg_gym:{args.env}", "size": 64, "structures": (args.structure,)})
         .env_runners(
             num_env_runners=args.runners, num_envs_per_env_runner=16, gym_env_vectorize_mode="vector_entry_point"
         )

@@ -29,7 +29,9 @@ def main() -> None:
     model.learn(args.steps)
     after = evaluate_policy(model, test, n_eval_episodes=64)
     model.save(args.save)
-    print(f"mean test return: {before[0]:.3f} untrained, {after[0]:.3f} after {args.steps} steps; saved {args.save}.zip")
+    print(
+        f"mean test return: {before[0]:.3f} untrained, {after[0]:.3f} after {args.steps} steps; saved {args.save}.zip"
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def main() -> None:
             _, reward, terminated, truncated, info = env.step(decision.action)
             total += float(reward)
             done = terminated or truncated
-        print(f"{episode}: {info['instruction']:32} Dice {info['dice']:.3f}  actions {info['turn']}  return {total:.3f}")
+        print(
+            f"{episode}: {info['instruction']:32} Dice {info['dice']:.3f}  actions {info['turn']}  return {total:.3f}"
+        )
 
 
 if __name__ == "__main__":

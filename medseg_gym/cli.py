@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,14 +10,11 @@ import typer
 
 from medseg_gym import __version__
 from medseg_gym.cli_data import app as data_app
+from medseg_gym.cli_terminal import clean_errors, console, progress_bars
 from medseg_gym.errors import MedSegError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from rich.console import Console
-
-    from medseg_gym.bench.evaluate import Progress
+    from collections.abc import Mapping
 
 app = typer.Typer(
     help="Gymnasium environments for agents that segment medical images by prompting a segmentation model.",
@@ -57,9 +53,9 @@ def envs(
             continue
         shown += 1
         table.add_row(env_id, dataset, tool, _yes(with_data[dataset]), _yes(with_weights[tool]))
-    console = _console()
-    console.print(table)
-    console.print(f"{shown} ids; data by `medseg-gym data prepare`, and MedSeg-v0 takes any dataset= and tool=")
+    out = console()
+    out.print(table)
+    out.print(f"{shown} ids; data by `medseg-gym data prepare`, and MedSeg-v0 takes any dataset= and tool=")
 
 
 @app.command()
@@ -73,7 +69,7 @@ def evaluate(
     cases: Annotated[int, typer.Option("--cases", help="How many cases of the split; 0 means all.")] = 100,
     seed: Annotated[int, typer.Option("--seed", help="Chooses the cases and drives the policies.")] = 0,
     split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "test",
-    dataset: Annotated[str, typer.Option("--dataset", help="For MedSeg-v0: a prepared dataset or a store's path.")] = "",
+    dataset: Annotated[str, typer.Option("--dataset", help="For MedSeg-v0: a prepared dataset or a path.")] = "",
     tool: Annotated[str, typer.Option("--tool", help="For MedSeg-v0: a tool id or package.module:Class.")] = "",
     horizon: Annotated[int, typer.Option("--horizon", help="Turns an episode may take.")] = 5,
     reward: Annotated[str, typer.Option("--reward", help="shaped, medsam-agent or ibis.")] = "shaped",
@@ -90,7 +86,7 @@ def evaluate(
     given = {"dataset": dataset, "tool": tool, "structures": tuple(structure or ())}
     options.update({name: value for name, value in given.items() if value})
     sys.path.insert(0, "")  # so that --policy my_module:Class finds a file beside the user
-    with _clean_errors(), _progress() as progress:
+    with clean_errors(), progress_bars() as progress:
         result = run(
             env,
             policy,
@@ -117,7 +113,7 @@ def report(
     from medseg_gym import datasets
     from medseg_gym.bench.report import write_report
 
-    with _clean_errors():
+    with clean_errors():
         file = directory / "summary.json"
         if not file.is_file():
             raise MedSegError(f"{file} is not there; finish the run first: medseg-gym evaluate ... --out {directory}")
@@ -150,56 +146,14 @@ def print_summary(summary: Mapping[str, Any]) -> None:
             f"{row['tool_calls']:.2f}",
             f"{row['reward']:.3f}",
         )
-    console = _console()
-    console.print(table)
+    out = console()
+    out.print(table)
     for note in summary["notes"]:
-        console.print(f"[yellow]note:[/yellow] {note}", highlight=False)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 140)
+        out.print("[yellow]note:[/yellow]", note, markup=True)
 
 
 def _yes(there: bool) -> str:
     return "[green]yes[/green]" if there else "[dim]no[/dim]"
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Bar(*columns, console=Console(stderr=True))
-    tasks: dict[str, Any] = {}
-
-    def show(label: str, done: int, total: int) -> None:
-        if label not in tasks:
-            bar.start()  # not before there is something to show, or an error would follow an empty bar
-            tasks[label] = bar.add_task(label, total=total)
-        bar.update(tasks[label], completed=done)
-
-    try:
-        yield show
-    finally:
-        if tasks:
-            bar.stop()
-
-
-@contextmanager
-def _clean_errors() -> Iterator[None]:
-    """A user's mistake is one line on stderr and exit code 1, not a traceback; ^C says how to go on."""
-    try:
-        yield
-    except MedSegError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 def main() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from medseg_gym.cli_terminal import clean_errors, console, progress_bars
 from medseg_gym.errors import MedSegError
 
 if TYPE_CHECKING:
@@ -36,14 +35,14 @@ def prepare(
     """Turn a folder of images and masks into a prepared dataset."""
     from medseg_gym.datasets.prepare import prepare as run
 
-    with _clean_errors(), _bar() as progress:
-        report = run(name, source, layout=layout, patient=patient, force=force, progress=progress)
-    console = _console()
+    with clean_errors(), progress_bars() as bars:
+        report = run(name, source, layout=layout, patient=patient, force=force, progress=partial(bars, "images"))
+    out = console()
     was = "was prepared already, with the same content" if report.unchanged else "is prepared"
-    console.print(f"{name} {was}: {report.images} images, {report.cases} cases", markup=False)
-    console.print(_megabytes(report.path), markup=False, soft_wrap=True)
-    _print_splits(console, report.splits)
-    _print_skipped(console, report.skipped)
+    out.print(f"{name} {was}: {report.images} images, {report.cases} cases", markup=False)
+    out.print(_megabytes(report.path), markup=False, soft_wrap=True)
+    _print_splits(out, report.splits)
+    _print_skipped(out, report.skipped)
 
 
 @app.command("list")
@@ -69,7 +68,7 @@ def list_() -> None:
         else:
             state, cases = "", ""
         table.add_row(name, title, modality, state, cases)
-    _console().print(table)
+    console().print(table)
 
 
 @app.command()
@@ -79,28 +78,28 @@ def info(name: Annotated[str, typer.Argument(help="A prepared dataset, or the pa
 
     from medseg_gym.datasets.base import SPLITS
 
-    with _clean_errors():
+    with clean_errors():
         store = _store(name)
-        console = _console()
-        console.print(f"{store.name}: {len(store)} cases, {len(store.structures)} structures", markup=False)
-        console.print(_megabytes(store.path), markup=False, soft_wrap=True)
-        console.print(f"checksum {store.checksum}", markup=False, soft_wrap=True)
-        _print_splits(console, store.splits())
+        out = console()
+        out.print(f"{store.name}: {len(store)} cases, {len(store.structures)} structures", markup=False)
+        out.print(_megabytes(store.path), markup=False, soft_wrap=True)
+        out.print(f"checksum {store.checksum}", markup=False, soft_wrap=True)
+        _print_splits(out, store.splits())
         table = Table("structure", box=None, header_style="bold")
         for column in (*SPLITS, "all"):
             table.add_column(column, justify="right")
         for structure, counts in store.structure_counts().items():
             table.add_row(structure, *(str(counts[split]) for split in SPLITS), str(sum(counts.values())))
-        console.print(table)
+        out.print(table)
 
 
 @app.command()
 def verify(name: Annotated[str, typer.Argument(help="A prepared dataset, or the path of an .h5 file.")]) -> None:
     """Read every record of a prepared dataset and compare it with its checksums."""
-    with _clean_errors():
+    with clean_errors():
         store = _store(name)
-        with _bar() as progress:
-            problems = store.verify(progress)
+        with progress_bars() as bars:
+            problems = store.verify(partial(bars, "images"))
         if problems:
             shown = "\n".join(f"    {problem}" for problem in problems[:20])
             more = f"\n    and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -109,7 +108,7 @@ def verify(name: Annotated[str, typer.Argument(help="A prepared dataset, or the 
                 f"Prepare it again: medseg-gym data prepare {store.name} --from FOLDER --force"
             )
         sound = f"{store.name} is sound: {len(store)} cases, checksum {store.checksum}"
-        _console().print(sound, markup=False, soft_wrap=True)
+        console().print(sound, markup=False, soft_wrap=True)
 
 
 def _store(name: str) -> Store:
@@ -122,7 +121,7 @@ def _store(name: str) -> Store:
     return data
 
 
-def _print_splits(console: Console, splits: dict[str, SplitCount]) -> None:
+def _print_splits(out: Console, splits: dict[str, SplitCount]) -> None:
     from rich.table import Table
 
     table = Table("split", box=None, header_style="bold")
@@ -130,59 +129,22 @@ def _print_splits(console: Console, splits: dict[str, SplitCount]) -> None:
         table.add_column(column, justify="right")
     for split, count in splits.items():
         table.add_row(split, str(count.patients), str(count.images), str(count.cases))
-    console.print(table)
+    out.print(table)
 
 
-def _print_skipped(console: Console, skipped: tuple[Skipped, ...]) -> None:
+def _print_skipped(out: Console, skipped: tuple[Skipped, ...]) -> None:
     """Skipped files by reason, the most frequent first, with a few examples each."""
     if not skipped:
-        console.print("nothing skipped")
+        out.print("nothing skipped")
         return
     by_reason: dict[str, list[str]] = {}
     for entry in skipped:
         by_reason.setdefault(entry.reason, []).append(entry.file)
-    console.print(f"{len(skipped)} skipped:")
+    out.print(f"{len(skipped)} skipped:")
     for reason, files in sorted(by_reason.items(), key=lambda group: (-len(group[1]), group[0])):
         shown = ", ".join(files[:EXAMPLES]) + (", ..." if len(files) > EXAMPLES else "")
-        console.print(f"  {len(files)} x {reason}: {shown}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"  {len(files)} x {reason}: {shown}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _megabytes(path: Path) -> str:
     return f"{path} ({path.stat().st_size / 1e6:.1f} MB)"
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False)
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that counts images; it appears with the first one, so an early error stands alone."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=_console(stderr=True))
-    task = bar.add_task("images", total=None)
-
-    def progress(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield progress
-    finally:
-        if bar.live.is_started:
-            bar.stop()
-
-
-@contextmanager
-def _clean_errors() -> Iterator[None]:
-    """An error of the caller's to mend is one red message and exit code 1; anything else keeps its traceback."""
-    try:
-        yield
-    except MedSegError as error:
-        sys.stdout.flush()
-        _console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None

@@ -294,7 +294,17 @@ def test_actions_are_snapped_to_the_grid_where_the_image_is_larger_than_it() -> 
 
 @pytest.mark.parametrize(
     "action",
-    [[5, 0, 0, 0, 0], [0, 1000, 0, 0, 0], [0, -1, 0, 0, 0], [0, 0, 0, 0], np.zeros((1, 5), int), np.zeros(5), None, "stop", {}],
+    [
+        [5, 0, 0, 0, 0],
+        [0, 1000, 0, 0, 0],
+        [0, -1, 0, 0, 0],
+        [0, 0, 0, 0],
+        np.zeros((1, 5), int),
+        np.zeros(5),
+        None,
+        "stop",
+        {},
+    ],
 )
 def test_a_bad_action_is_refused_with_what_was_wanted_and_nothing_is_lost(action: Any) -> None:
     env = begin()

@@ -68,7 +68,11 @@ def test_stored_rewards_are_recomputed_from_the_stored_episode_alone() -> None:
             hit = None
             if isinstance(turn.action, Click):
                 x, y = turn.action.x, turn.action.y
-                hit = bool(target[y, x] and not mask[y, x]) if turn.action.positive else bool(mask[y, x] and not target[y, x])
+                hit = (
+                    bool(target[y, x] and not mask[y, x])
+                    if turn.action.positive
+                    else bool(mask[y, x] and not target[y, x])
+                )
             mask = decode_mask(turn.mask)
             later = rewards.after(now, turn.action, episode.iou[t + 1], episode.dice[t + 1], hit=hit)
             terms = spec.terms_of_turn(now, later, ends=t == len(episode.turns) - 1)

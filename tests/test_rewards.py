@@ -52,7 +52,9 @@ def test_shaped_prefers_the_straight_path_at_every_quality(q: float) -> None:
 
 
 def test_medsam_agent_can_be_farmed_by_zig_zag_as_released() -> None:
-    assert total("medsam-agent", [0.1, 0.8, 0.1, 0.8]) > total("medsam-agent", [0.1, 0.8]) > total("medsam-agent", [0.8])
+    assert (
+        total("medsam-agent", [0.1, 0.8, 0.1, 0.8]) > total("medsam-agent", [0.1, 0.8]) > total("medsam-agent", [0.8])
+    )
 
 
 def test_stopping_at_once_on_an_absent_structure_is_worth_one() -> None:
@@ -87,9 +89,7 @@ def test_ibis_length_turns_negative_after_the_fifth_step() -> None:
 
 
 STEPS = st.lists(
-    st.tuples(
-        st.sampled_from([CLICK, Click(2, 3, False), Box(0, 0, 4, 4), Undo(), Unreadable("x")]), st.floats(0, 1)
-    ),
+    st.tuples(st.sampled_from([CLICK, Click(2, 3, False), Box(0, 0, 4, 4), Undo(), Unreadable("x")]), st.floats(0, 1)),
     max_size=9,
 )
 

@@ -28,5 +28,7 @@ def choose_cases(
     chosen = np.random.default_rng(seed).permutation(len(keys))[:cases]
     notes = []
     if len(chosen) < cases:
-        notes.append(f"{dataset.name}: {len(chosen)} cases, fewer than the {cases} asked for: its {split} split has no more")
+        notes.append(
+            f"{dataset.name}: {len(chosen)} cases, fewer than the {cases} asked for: its {split} split has no more"
+        )
     return sorted(keys[int(i)] for i in chosen), notes

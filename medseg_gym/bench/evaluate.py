@@ -17,7 +17,6 @@ from medseg_gym.bench.cases import choose_cases
 from medseg_gym.bench.drive import drive
 from medseg_gym.bench.rundir import RunDir
 from medseg_gym.bench.summary import SUMMARY_SCHEMA, summarise_row
-from medseg_gym.envs.segment import env_name
 from medseg_gym.envs.vector import SegmentVectorEnv
 from medseg_gym.errors import MedSegError, unknown
 from medseg_gym.policies.base import Policy
@@ -74,7 +73,7 @@ def evaluate(
     pairs: list[_Pair] = []
     notes: list[str] = []
     for made in (_make(name, num_envs, split, options) for name in dict.fromkeys(envs)):
-        env_id = env_name(made)
+        env_id = made.name
         keys, more = choose_cases(made.dataset, split, made.engine.config.structures, cases, seed)
         notes += more
         for spec in wanted:
@@ -166,9 +165,7 @@ def _play(pair: _Pair, run: RunDir, seed: int, progress: Progress | None) -> Non
     for done, (episode, timing) in enumerate(
         drive(pair.env, pair.policy, pair.keys, todo, label=pair.label, seed=seed), start=there + 1
     ):
-        run.append(
-            episode, {"seconds": timing.seconds, "encodes": timing.encodes, "cache_hits": timing.cache_hits}
-        )
+        run.append(episode, {"seconds": timing.seconds, "encodes": timing.encodes, "cache_hits": timing.cache_hits})
         if progress:
             progress(label, done, len(pair.keys))
 

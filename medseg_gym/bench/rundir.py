@@ -23,7 +23,9 @@ class RunDir:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MedSegError(f"cannot make the folder {path}: {error.strerror or error}; choose another --out") from None
+            raise MedSegError(
+                f"cannot make the folder {path}: {error.strerror or error}; choose another --out"
+            ) from None
         self._lock = _lock(path)
         try:
             if restart:
@@ -66,7 +68,9 @@ class RunDir:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise BadDataError(f"{file}: not JSON ({error}); choose another folder, or start over with --restart") from None
+            raise BadDataError(
+                f"{file}: not JSON ({error}); choose another folder, or start over with --restart"
+            ) from None
         if found != wanted:
             differs = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
             raise MedSegError(
@@ -133,5 +137,3 @@ def _lock(path: Path) -> int | None:
         os.close(handle)
         raise MedSegError(f"another run is writing into {path}; wait for it, or choose another --out") from None
     return handle
-
-

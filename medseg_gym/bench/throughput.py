@@ -121,6 +121,7 @@ def import_seconds(repeats: int = 5) -> dict[str, Any]:
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
         for _ in range(repeats)
     ]
-    return {"seconds": statistics.median(float(t) for t, _ in lines), "torch_loaded": any(l == "True" for _, l in lines)}
-
-
+    return {
+        "seconds": statistics.median(float(t) for t, _ in lines),
+        "torch_loaded": any(l == "True" for _, l in lines),
+    }

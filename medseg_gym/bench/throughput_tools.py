@@ -11,7 +11,7 @@ import numpy as np
 
 from medseg_gym.tools.base import SegmentationTool, advance, empty_state
 from medseg_gym.tools.cache import CachedTool
-from medseg_gym.types import Box, Click, MaskState, Prompt, Sample
+from medseg_gym.types import Box, Click, MaskState, Prompt, Query, Sample
 
 
 def measure_cache(
@@ -43,8 +43,6 @@ def measure_cache(
     before = _start(warm_tool, sample, prompts[:-1])
     _advance(uncached, sample, before, prompts[-1])  # the first calls pay for allocation
     (embedding,) = tool.encode([sample.image])
-    from medseg_gym.types import Query
-
     assert before.prediction is not None
     query = Query(embedding, (*before.prompts, prompts[-1]), before.prediction.prior)
     seconds: dict[str, list[float]] = {"encode": [], "decode": [], "warm": [], "uncached": []}

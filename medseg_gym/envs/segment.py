@@ -8,20 +8,15 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg_gym import datasets, tools
 from medseg_gym.datasets.base import Dataset
 from medseg_gym.envs.config import EnvConfig
-from medseg_gym.envs.engine import Engine, Slot
 from medseg_gym.envs.record import episode_of
-from medseg_gym.errors import MedSegError, unknown
-from medseg_gym.registration import env_id
+from medseg_gym.envs.shared import RENDER_MODES, OverEngine, check_render_mode, make_engine, render_slot
 from medseg_gym.tools.base import SegmentationTool
 from medseg_gym.types import Action, Episode, Image, View
 
-RENDER_MODES = ("rgb_array",)
 
-
-class SegmentEnv(gym.Env[Any, Any]):
+class SegmentEnv(OverEngine, gym.Env[Any, Any]):
     """Outline one structure in one image by prompting a segmentation tool.
 
     ## Action space
@@ -81,18 +76,6 @@ class SegmentEnv(gym.Env[Any, Any]):
 
     # what policies and recorders use
 
-    @property
-    def dataset(self) -> Dataset:
-        return self.engine.dataset
-
-    @property
-    def tool(self) -> SegmentationTool:
-        return self.engine.tool
-
-    @property
-    def verbs(self) -> tuple[str, ...]:
-        return self.engine.codec.verbs
-
     def view(self) -> View:
         """What a policy may see now; the target is not in it."""
         return self.engine.view(0)
@@ -103,30 +86,4 @@ class SegmentEnv(gym.Env[Any, Any]):
 
     def episode(self, policy: str = "", seed: int = 0, case: int = 0) -> Episode:
         """The record of the episode so far."""
-        return episode_of(self.engine, 0, env=env_name(self), policy=policy, seed=seed, case=case)
-
-
-def make_engine(dataset: str | Dataset, tool: str | SegmentationTool, config: EnvConfig, slots: int) -> Engine:
-    """The engine over a dataset and a tool, each given by name or ready."""
-    data = datasets.load(dataset, **config.dataset_options)
-    return Engine(data, tools.load(tool, **config.tool_options), config, slots)
-
-
-def check_render_mode(mode: str | None) -> str | None:
-    if mode is not None and mode not in RENDER_MODES:
-        raise unknown("render_mode", mode, RENDER_MODES)
-    return mode
-
-
-def render_slot(slot: Slot, size: int) -> Image:
-    from medseg_gym.render import frame
-
-    return frame(slot.sample.image, slot.state.mask, slot.state.prompts, size)
-
-
-def env_name(env: gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any]) -> str:
-    """The id that an env's dataset and tool have, or would have in the catalogue."""
-    engine = getattr(env, "engine", None)
-    if engine is None:
-        raise MedSegError(f"{env!r} is not a MedSeg env")
-    return env_id(engine.dataset.name, engine.tool.name)
+        return episode_of(self.engine, 0, env=self.name, policy=policy, seed=seed, case=case)

@@ -87,9 +87,7 @@ class ActionCodec:
         return self.decode(action, grid)
 
     def check(self, vector: Any) -> tuple[int, int, int, int, int]:
-        wanted = (
-            f"wanted 5 integers: verb 0-{len(self.verbs) - 1} ({', '.join(self.verbs)}), then x1 y1 x2 y2 in 0-{GRID - 1}"
-        )
+        wanted = f"wanted 5 integers: verb 0-{len(self.verbs) - 1} ({', '.join(self.verbs)}), then x1 y1 x2 y2 in 0-{GRID - 1}"
         if isinstance(vector, str | bytes | dict) or vector is None:
             raise InvalidActionError(f"action {vector!r}; {wanted}, or a Click, Box, Stop, Undo or Unreadable record")
         try:

@@ -15,7 +15,7 @@ from medseg_gym.datasets.base import Dataset
 from medseg_gym.envs.config import EnvConfig
 from medseg_gym.envs.engine import RESET_OPTIONS
 from medseg_gym.envs.record import episode_of
-from medseg_gym.envs.segment import RENDER_MODES, check_render_mode, env_name, make_engine, render_slot
+from medseg_gym.envs.shared import RENDER_MODES, OverEngine, check_render_mode, make_engine, render_slot
 from medseg_gym.errors import InvalidActionError, MedSegError, check_keywords, unknown
 from medseg_gym.tools.base import SegmentationTool
 from medseg_gym.types import Action, Episode, Image, View
@@ -23,7 +23,7 @@ from medseg_gym.types import Action, Episode, Image, View
 Arrays = tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
 
 
-class SegmentVectorEnv(VectorEnv[Any, Any, Any]):
+class SegmentVectorEnv(OverEngine, VectorEnv[Any, Any, Any]):
     """Many episodes at once: one tool call a step for all of them. Slot i seeded s + i equals a SegmentEnv so seeded.
 
     `gym.make_vec(id, num_envs=8)` makes one. `autoreset_mode` is Gymnasium's: "NextStep" (default), "SameStep" or
@@ -132,9 +132,7 @@ class SegmentVectorEnv(VectorEnv[Any, Any, Any]):
 
     def recv(
         self,
-    ) -> tuple[
-        NDArray[np.int64], Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
-    ]:
+    ) -> tuple[NDArray[np.int64], Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         """Executes all queued actions with one tool call. All results have one row a slot, in env_ids' order."""
         if not self._queue:
             raise MedSegError("recv without anything sent; call send first")
@@ -146,18 +144,6 @@ class SegmentVectorEnv(VectorEnv[Any, Any, Any]):
         return np.array(ids, np.int64), self._observe(ids), *self._results(ids), self._infos(ids, rows=len(ids))
 
     # what policies and recorders use
-
-    @property
-    def dataset(self) -> Dataset:
-        return self.engine.dataset
-
-    @property
-    def tool(self) -> SegmentationTool:
-        return self.engine.tool
-
-    @property
-    def verbs(self) -> tuple[str, ...]:
-        return self.engine.codec.verbs
 
     def view(self, index: int) -> View:
         """What a policy may see of a slot now."""
@@ -173,9 +159,7 @@ class SegmentVectorEnv(VectorEnv[Any, Any, Any]):
 
     def episode(self, index: int, policy: str = "", seed: int = 0, case: int = 0, error: str = "") -> Episode:
         """The record of a slot's episode so far."""
-        return episode_of(
-            self.engine, index, env=env_name(self), policy=policy, seed=seed, case=case, error=error
-        )
+        return episode_of(self.engine, index, env=self.name, policy=policy, seed=seed, case=case, error=error)
 
     # parts
 
@@ -196,9 +180,7 @@ class SegmentVectorEnv(VectorEnv[Any, Any, Any]):
         single = [self.engine.observe(i) for i in indices]
         return {name: np.stack([obs[name] for obs in single]) for name in single[0]}
 
-    def _results(
-        self, indices: Sequence[int]
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
+    def _results(self, indices: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
         rewards = np.array([self.engine.reward_of(i) for i in indices], np.float64)
         flags = np.array([self.engine.flags(i) for i in indices], np.bool_).reshape(-1, 2)
         return rewards, flags[:, 0].copy(), flags[:, 1].copy()
@@ -232,7 +214,9 @@ class SegmentVectorEnv(VectorEnv[Any, Any, Any]):
         if value is None or isinstance(value, str):
             return [value] * self.num_envs
         if len(value) != self.num_envs:
-            raise MedSegError(f"option {name} has {len(value)} entries; wanted one for each of the {self.num_envs} slots")
+            raise MedSegError(
+                f"option {name} has {len(value)} entries; wanted one for each of the {self.num_envs} slots"
+            )
         return list(value)
 
     def _split(self, actions: Any, count: int) -> list[Any]:
