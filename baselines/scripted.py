@@ -1,4 +1,4 @@
-"""A policy in a plain Gymnasium loop: `python baselines/scripted.py --env MedSeg-Phantom-GrabCut-v0 --policy OracleClicks`."""
+"""A policy in a plain Gymnasium loop: `python baselines/scripted.py --policy OracleClicks`."""
 
 from __future__ import annotations
 

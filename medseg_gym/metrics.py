@@ -57,5 +57,5 @@ def at_action(curve: Sequence[float], k: int) -> float:
 
 
 def auc(curve: Sequence[float], horizon: int) -> float:
-    """Mean quality after actions 1..horizon, in [0, 1]: the area under the interaction curve; the last value is kept."""
+    """Mean quality after actions 1..horizon, in [0, 1]: the area under the curve; the last value is kept."""
     return float(np.mean([at_action(curve, k) for k in range(1, horizon + 1)]))

@@ -73,7 +73,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def samples_folder() -> Path:
-    """Where real samples lie: $MEDSEG_GYM_SAMPLES, else shared/data beside the checkout; skips the test without them."""
+    """Where real samples lie: $MEDSEG_GYM_SAMPLES, else ../shared/data; skips the test where there are none."""
     folder = Path(os.environ.get("MEDSEG_GYM_SAMPLES", ROOT.parent / "shared" / "data"))
     if not (folder / "imis-bench").is_dir():
         pytest.skip(f"real samples not found in {folder}; set MEDSEG_GYM_SAMPLES to their folder")

@@ -91,10 +91,7 @@ def test_slots_equal_single_envs_for_every_tool_that_runs_here(tool: str) -> Non
         actions = vector.action_space.sample()
         obs, rewards, terminated, truncated, _ = vector.step(actions)
         for i, env in enumerate(singles):
-            if ended[i]:
-                alone = (env.reset()[0], 0.0, False, False)
-            else:
-                alone = env.step(actions[i])[:4]
+            alone = (env.reset()[0], 0.0, False, False) if ended[i] else env.step(actions[i])[:4]
             np.testing.assert_array_equal(obs[i], alone[0])
             assert (rewards[i], terminated[i], truncated[i]) == alone[1:]
             ended[i] = bool(terminated[i] or truncated[i])

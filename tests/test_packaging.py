@@ -66,7 +66,8 @@ def test_constraints_pin_every_direct_requirement() -> None:
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if "==" in line
     }
-    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    extras = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
     for requirement in wanted:
         name = re.match(r"[A-Za-z0-9_.-]+", requirement)
         assert name is not None

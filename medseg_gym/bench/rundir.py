@@ -23,9 +23,7 @@ class RunDir:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MedSegError(
-                f"cannot make the folder {path}: {error.strerror or error}; choose another --out"
-            ) from None
+            raise MedSegError(f"cannot make {path}: {error.strerror or error}; choose another --out") from None
         self._lock = _lock(path)
         try:
             if restart:
@@ -34,7 +32,7 @@ class RunDir:
             self._check_settings(settings)
             self.episodes: list[Episode] = self._complete_lines("episodes.jsonl", from_json)
             done = {(e.env, e.policy, e.case) for e in self.episodes}
-            # keyed, because a kill between the two appends leaves a time without its episode, which is then played again
+            # keyed: a kill between the two appends leaves a time without its episode, which is then played again
             times = {(t["env"], t["policy"], t["case"]): t for t in self._complete_lines("times.jsonl", json.loads)}
             self.times = [record for key, record in times.items() if key in done]
         except BaseException:

@@ -123,5 +123,5 @@ def import_seconds(repeats: int = 5) -> dict[str, Any]:
     ]
     return {
         "seconds": statistics.median(float(t) for t, _ in lines),
-        "torch_loaded": any(l == "True" for _, l in lines),
+        "torch_loaded": any(loaded == "True" for _, loaded in lines),
     }

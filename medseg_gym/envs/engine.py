@@ -115,7 +115,7 @@ class Engine:
         )
 
     def step(self, indices: Sequence[int], actions: Sequence[Any]) -> None:
-        """One turn in each of the slots, with one tool call for all of them. Bad actions raise before anything moves."""
+        """One turn in each of the slots, with one tool call for all. Bad actions raise before anything moves."""
         slots = [self.running(index) for index in indices]
         read = [self.codec.read(action, slot.grid) for slot, action in zip(slots, actions, strict=True)]
         states = self._prompt(slots, read)

@@ -46,6 +46,8 @@ class ActionCodec:
     def __init__(self, verbs: Sequence[str]) -> None:
         self.verbs = tuple(verbs)
         self.space = spaces.MultiDiscrete([len(self.verbs), GRID, GRID, GRID, GRID])
+        allowed = f"verb 0-{len(self.verbs) - 1} ({', '.join(self.verbs)})"
+        self._wanted = f"wanted 5 integers: {allowed}, then x1 y1 x2 y2 in 0-{GRID - 1}"
 
     def decode(self, vector: Any, grid: Grid) -> Action:
         """The snapped action of a vector; corners may come in any order, spare numbers are ignored."""
@@ -87,7 +89,7 @@ class ActionCodec:
         return self.decode(action, grid)
 
     def check(self, vector: Any) -> tuple[int, int, int, int, int]:
-        wanted = f"wanted 5 integers: verb 0-{len(self.verbs) - 1} ({', '.join(self.verbs)}), then x1 y1 x2 y2 in 0-{GRID - 1}"
+        wanted = self._wanted
         if isinstance(vector, str | bytes | dict) or vector is None:
             raise InvalidActionError(f"action {vector!r}; {wanted}, or a Click, Box, Stop, Undo or Unreadable record")
         try:
