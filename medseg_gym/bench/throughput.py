@@ -18,6 +18,9 @@ from medseg_gym.tools.base import ALL_PROMPTS, Memory
 from medseg_gym.types import Embedding, Image, Prediction, Query, Sample
 
 
+TURNS = 5  # of an episode, as the papers have it
+
+
 class Instant:
     """A tool that answers at once with one of a few logits made beforehand: what is left of a step is the env."""
 
@@ -69,7 +72,7 @@ class OneImage:
 
 
 def env_step(size: int, *, steps: int = 2000, slots: int = 0) -> dict[str, Any]:
-    """Milliseconds an env-step beside the tool, at size x size in and out: median over blocks of steps.
+    """Milliseconds an env-step beside the tool, at size x size in and out: median over episodes of five turns.
 
     `slots` 0 is the single env; otherwise the vector env, and the time is a slot's share of a step.
     """
@@ -79,17 +82,15 @@ def env_step(size: int, *, steps: int = 2000, slots: int = 0) -> dict[str, Any]:
         env: Any = SegmentVectorEnv(slots, **common) if slots else SegmentEnv(**common)
     rng = np.random.default_rng(0)
     vectors = np.concatenate([rng.integers(0, 2, (64, 1)), rng.integers(0, 1000, (64, 4))], axis=1)
-    blocks, block, per = [], 20, max(1, slots)
-    env.reset(seed=0)
-    for start in range(0, max(1, steps // per), block):
-        if start % 200 == 0:  # short episodes, as in use; prompts in force do not pile up
-            env.reset()
-        begun = time.perf_counter()
-        for i in range(start, start + block):
-            action = vectors[i % 64]
-            env.step(np.tile(action, (slots, 1)) if slots else action)
-        blocks.append((time.perf_counter() - begun) / block / per * 1000)
-    return {"size": size, "slots": slots, "ms_per_step": statistics.median(blocks), "bare_ms": bare(size)}
+    times, per = [], max(1, slots)
+    for start in range(0, max(TURNS, steps // per), TURNS):
+        env.reset(seed=start)
+        for i in range(start, start + TURNS):
+            action = np.tile(vectors[i % 64], (slots, 1)) if slots else vectors[i % 64]
+            begun = time.perf_counter()
+            env.step(action)
+            times.append((time.perf_counter() - begun) / per * 1000)
+    return {"size": size, "slots": slots, "ms_per_step": statistics.median(times), "bare_ms": bare(size)}
 
 
 def bare(size: int, repeats: int = 200) -> float:

@@ -50,7 +50,7 @@ class Slot:
     start: Mask | None  # a given start mask
     terms: Mapping[str, float]
     outcomes: list[Outcome] = field(default_factory=list)
-    history: tuple[tuple[Mask, Any], ...] = ()
+    history: list[tuple[Mask, Any]] = field(default_factory=list)
     iou: list[float] = field(default_factory=list)
     dice: list[float] = field(default_factory=list)
     repeats: int = 0
@@ -186,7 +186,7 @@ class Engine:
             instruction=slot.sample.instruction,
             turn=slot.progress.turns,
             horizon=self.config.horizon,
-            history=slot.history,
+            history=tuple(slot.history),
         )
 
     def reward_of(self, index: int) -> float:
@@ -278,7 +278,7 @@ class Engine:
         slot.peak_iou = max(slot.peak_iou, progress.iou)
         slot.iou.append(progress.iou)
         slot.dice.append(progress.dice)
-        slot.history = (*slot.history, (before, action))
+        slot.history.append((before, action))
         slot.outcomes.append(Outcome(action, slot.state.mask, terms, sum(terms.values()), tool_called))
 
     def _ending(self, slot: Slot, action: Any, progress: rewards.Progress) -> Ended | None:
