@@ -71,7 +71,7 @@ class OneImage:
 
 
 def env_step(size: int, *, steps: int = 2000, slots: int = 0) -> dict[str, Any]:
-    """Milliseconds of one core for an env-step beside the tool, at size x size in and out: median over episodes of five turns.
+    """Milliseconds of one core for an env-step beside the tool, size x size in and out: median over five-turn episodes.
 
     `slots` 0 is the single env; otherwise the vector env, and the time is a slot's share of a step.
     """
@@ -93,7 +93,7 @@ def env_step(size: int, *, steps: int = 2000, slots: int = 0) -> dict[str, Any]:
 
 
 def bare(size: int, repeats: int = 200) -> float:
-    """Milliseconds of one core for the array work no env can avoid: logits to mask, two counts, one masked copy; median."""
+    """Milliseconds of one core for the array work no env can avoid: mask, two counts, one masked copy; median."""
     import cv2
 
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
