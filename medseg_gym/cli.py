@@ -11,7 +11,7 @@ import typer
 from medseg_gym import __version__
 from medseg_gym.cli_data import app as data_app
 from medseg_gym.cli_terminal import clean_errors, console, progress_bars
-from medseg_gym.errors import MedSegError
+from medseg_gym.errors import MedSegError, UnknownNameError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -119,14 +119,21 @@ def report(
             raise MedSegError(f"{file} is not there; finish the run first: medseg-gym evaluate ... --out {directory}")
         try:
             rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-        except (ValueError, KeyError, TypeError) as error:
+            known = {
+                row["env"]: datasets.load(row["dataset"], **(row.get("dataset_options") or {}))
+                for row in rows
+                if datasets.available(row["dataset"])
+            }
+        except UnknownNameError:
+            known = {}  # a dataset of someone's own, which the report says it cannot show
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MedSegError(f"{file} is not a summary ({error!r}); run evaluate again") from None
-        known = {row["env"]: datasets.load(row["dataset"]) for row in rows if datasets.available(row["dataset"])}
         print(f"report: {write_report(directory, known)}")
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
     """The table of an evaluation on the terminal."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -135,8 +142,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     for row in summary["rows"]:
         noc = row["noc"]["85"]
         table.add_row(
-            row["env"],
-            row["policy"],
+            escape(row["env"]),
+            escape(row["policy"]),
             str(row["episodes"]),
             f"{row['dice']:.3f}",
             f"{row['iou']:.3f}",
@@ -149,7 +156,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     out = console()
     out.print(table)
     for note in summary["notes"]:
-        out.print("[yellow]note:[/yellow]", note, markup=True)
+        out.print(f"[yellow]note:[/yellow] {escape(note)}")
 
 
 def _yes(there: bool) -> str:

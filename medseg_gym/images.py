@@ -13,6 +13,8 @@ from medseg_gym.types import Image
 
 MAX_PIXELS = 64_000_000  # beyond that a file is more likely a bomb than a radiograph
 
+DEEP_MODES = {"I", "I;16", "I;16L", "I;16B", "I;16N", "F"}  # Pillow clips these to 255 without a word
+
 _known: dict[int, tuple[weakref.ref[np.ndarray], str]] = {}
 
 
@@ -52,6 +54,8 @@ def _open(path: Path):  # type: ignore[no-untyped-def]
         image = pil.open(path)
         if image.width * image.height > MAX_PIXELS:
             raise BadDataError(f"{path}: {image.width}x{image.height} pixels; the limit is {MAX_PIXELS}")
+        if image.mode in DEEP_MODES:
+            raise BadDataError(f"{path}: {image.mode} pixels, more than 8 bits a channel; window it to 8 bits first")
         image.load()
     except FileNotFoundError:
         raise BadDataError(f"{path}: no such file") from None

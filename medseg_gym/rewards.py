@@ -7,6 +7,7 @@ reward is what one turn earns. Everything is computed from a `Progress`, which a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -188,6 +189,11 @@ class RewardSpec:
         for term in (*self.terms, *self.clipped):
             if term not in TERMS:
                 raise unknown("reward term", term, TERMS)
+        for term, weight in self.terms.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise UnknownNameError(f"reward {self.name!r}: the weight of {term} is {weight!r}; wanted a number")
+        object.__setattr__(self, "clipped", tuple(self.clipped))
+        object.__setattr__(self, "clip", tuple(self.clip))
         for term in self.clipped:
             if term not in self.terms:
                 raise UnknownNameError(f"reward {self.name!r} clips the term {term!r}, which it does not have")
@@ -244,11 +250,22 @@ PRESETS: dict[str, RewardSpec] = {
 }
 
 
+def describe(spec: RewardSpec) -> dict[str, Any]:
+    """A spec as plain values for JSON, from which `RewardSpec(**values)` makes it again."""
+    bounds = None if not spec.clipped else list(spec.clip)
+    return {
+        "name": spec.name,
+        "timing": spec.timing,
+        "terms": dict(spec.terms),
+        **({"clipped": list(spec.clipped), "clip": bounds} if bounds else {}),
+    }
+
+
 def resolve(reward: str | RewardSpec, timing: Any = None) -> RewardSpec:
     """The spec of a preset's name, or the spec itself; `timing` overrides its own. Unknown names raise."""
     if isinstance(reward, RewardSpec):
         spec = reward
-    elif reward in PRESETS:
+    elif isinstance(reward, str) and reward in PRESETS:
         spec = PRESETS[reward]
     else:
         raise unknown("reward", reward, PRESETS)

@@ -1,4 +1,4 @@
-"""What the tests share: a small dataset made by hand, and where real samples may lie."""
+"""What the tests share: a small dataset made by hand, the tools that run anywhere, and where real samples may lie."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from medseg_gym.datasets.base import check_split, check_structures
+from medseg_gym.tools.cards import TOOLS
 from medseg_gym.types import Sample
 
 ROOT = Path(__file__).resolve().parents[1]
+WITHOUT_WEIGHTS = [card.id for card in TOOLS.values() if card.factory and not card.weights]
 
 
 class Blobs:
@@ -73,11 +75,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def samples_folder() -> Path:
-    """Where real samples lie: $MEDSEG_GYM_SAMPLES, else ../shared/data; skips the test where there are none."""
-    folder = Path(os.environ.get("MEDSEG_GYM_SAMPLES", ROOT.parent / "shared" / "data"))
-    if not (folder / "imis-bench").is_dir():
-        pytest.skip(f"real samples not found in {folder}; set MEDSEG_GYM_SAMPLES to their folder")
-    return folder
+    """Where real samples lie, $MEDSEG_GYM_SAMPLES; skips the test where there are none."""
+    folder = os.environ.get("MEDSEG_GYM_SAMPLES", "")
+    if not folder or not (Path(folder) / "imis-bench").is_dir():
+        pytest.skip(f"real samples not found in {folder!r}; set MEDSEG_GYM_SAMPLES to their folder")
+    return Path(folder)
 
 
 @pytest.fixture(scope="session")

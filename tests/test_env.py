@@ -316,6 +316,48 @@ def test_a_bad_action_is_refused_with_what_was_wanted_and_nothing_is_lost(action
     env.step(Stop())
 
 
+@pytest.mark.parametrize("action", [Click(1.5, 2), Click("a", 2), Click(float("nan"), 2), Click(1, 2, "no")])  # type: ignore[arg-type]
+def test_typed_actions_without_whole_numbers_are_refused(action: Any) -> None:
+    env = begin()
+    for refuse in (env.step, env.encode_action):
+        with pytest.raises(InvalidActionError):
+            refuse(action)
+    assert env.view().turn == 0
+
+
+def test_typed_actions_with_numpys_numbers_are_stored_as_plain_ones() -> None:
+    from medseg_gym.episodes import from_json, to_json
+
+    env = begin()
+    env.step(Click(np.int64(3), np.uint8(4), np.True_))  # type: ignore[arg-type]
+    assert from_json(to_json(env.episode())).turns[0].action == Click(3, 4, True)
+
+
+@pytest.mark.parametrize("not_an_action", [None, Unreadable("?"), "stop"])
+def test_only_actions_are_encoded(not_an_action: Any) -> None:
+    with pytest.raises(InvalidActionError):
+        begin().encode_action(not_an_action)
+
+
+def test_a_horizon_of_numpys_is_taken() -> None:
+    assert make(horizon=np.int64(3)).engine.config.horizon == 3
+
+
+def test_a_failed_episode_takes_back_what_it_was_paid() -> None:
+    class Tiring(type(medseg_gym.tools.stub.Stub())):  # type: ignore[misc]
+        calls = 0
+
+        def predict(self, queries: Any) -> list[Prediction]:
+            self.calls += 1
+            if self.calls > 1:
+                raise RuntimeError("out of memory")
+            return super().predict(queries)
+
+    env = begin(tool=Tiring(), on_error="fail")
+    first, second = (env.step(Click(20, 14 + i))[1] for i in range(2))
+    assert first > 0 and first + second == pytest.approx(0.0)
+
+
 def test_verbs_restricts_the_action_space_and_typed_actions() -> None:
     env = begin(verbs=("box", "stop"))
     assert env.action_space.nvec.tolist() == [2, 1000, 1000, 1000, 1000]
@@ -355,7 +397,26 @@ def test_unknown_names_and_keywords_say_what_was_meant(options: dict[str, Any], 
         make(**options)
 
 
-@pytest.mark.parametrize("options", [{"horizon": 0}, {"horizon": 2.5}, {"size": 0}, {"size": 10**6}, {"verbs": ()}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"horizon": 0},
+        {"horizon": 2.5},
+        {"horizon": True},
+        {"size": 0},
+        {"size": 10**6},
+        {"verbs": ()},
+        {"verbs": 5},
+        {"structures": 5},
+        {"reward": ["shaped"]},
+        {"reward": None},
+        {"dataset_options": None},
+        {"tool_options": {"memory": "lates"}},
+        {"dataset": "Phantom", "dataset_options": {"sze": 3}},
+        {"dataset": "Phantom", "dataset_options": {"absent": "x"}},
+        {"dataset": "Phantom", "dataset_options": {"size": 3}},
+    ],
+)
 def test_settings_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(MedSegError):
         make(**options)

@@ -128,6 +128,89 @@ def test_other_settings_in_the_same_folder_are_refused_and_restart_begins_anew(t
     assert json.loads((tmp_path / "run.json").read_text())["seed"] == 1
 
 
+def test_rewards_of_one_name_and_other_weights_are_other_settings(tmp_path: Path) -> None:
+    from medseg_gym.rewards import RewardSpec
+
+    run(tmp_path, reward=RewardSpec({"quality": 1.0}))
+    with pytest.raises(MedSegError, match="another run .*rewards"):
+        run(tmp_path, reward=RewardSpec({"quality": 5.0}))
+
+
+def test_a_dataset_whose_cases_changed_is_another_setting(tmp_path: Path, blobs: Any) -> None:
+    options: dict[str, Any] = {"tool": "Stub", "cases": 3, "size": 32, "report": False}
+    evaluate("MedSeg-v0", "BoxOnce", dataset=blobs, out=tmp_path, **options)
+    with pytest.raises(MedSegError, match="another run .*datasets"):
+        evaluate("MedSeg-v0", "BoxOnce", dataset=type(blobs)(absent=True), out=tmp_path, **options)
+    run(tmp_path / "phantom")
+    with pytest.raises(MedSegError, match="another run .*datasets"):
+        run(tmp_path / "phantom", dataset_options={"size": 64, "difficulty": 0.1})
+
+
+def test_the_command_line_and_python_resume_each_other(tmp_path: Path) -> None:
+    words = ("--env", ENV, "--policy", "BoxOnce", "--cases", "3", "--out", str(tmp_path))
+    assert cli("evaluate", *words).exit_code == 0
+    before = contents(tmp_path)
+    evaluate(ENV, "BoxOnce", out=tmp_path, cases=3)
+    assert contents(tmp_path) == before
+
+
+def test_a_case_that_cannot_be_read_fails_alone(tmp_path: Path, blobs: Any) -> None:
+    class Damaged(type(blobs)):  # type: ignore[misc]
+        content = "damaged"
+
+        def __getitem__(self, key: str) -> Any:
+            if key == "Blobs/test-1/bar":
+                raise BadDataError(f"{key}: chunk is damaged")
+            return super().__getitem__(key)
+
+    result = evaluate("MedSeg-v0", "BoxOnce", dataset=Damaged(), tool="Stub", out=tmp_path, cases=6, size=32)
+    ended = {episode.key: episode.ended for episode in result.episodes}
+    assert ended.pop("Blobs/test-1/bar") == "failed" and set(ended.values()) == {"stopped"}
+    assert result.summary["rows"][0]["dice"] < 5 / 6
+
+
+def test_episodes_say_what_they_were_paid_by_and_are_paid_again_from_the_record(tmp_path: Path, blobs: Any) -> None:
+    from medseg_gym import rewards
+
+    spec = rewards.RewardSpec({"quality": 2.0, "tool_cost": -0.125}, name="mine", timing="terminal")
+    for name, reward in (("own", spec), ("late", rewards.resolve("medsam-agent", "terminal"))):
+        result = evaluate(
+            "MedSeg-v0", "Random", dataset=blobs, tool="Stub", out=tmp_path / name, cases=6, reward=reward
+        )
+        for line in (tmp_path / name / "episodes.jsonl").read_text().splitlines():
+            episode = from_json(line)
+            again = rewards.RewardSpec(**episode.extra["reward"])
+            assert again == reward
+            now = rewards.start(episode.iou[0], episode.dice[0])
+            for t, turn in enumerate(episode.turns):
+                later = rewards.after(now, turn.action, episode.iou[t + 1], episode.dice[t + 1])
+                assert again.terms_of_turn(now, later, ends=t == len(episode.turns) - 1) == dict(turn.terms)
+                now = later
+        assert result.summary["rows"][0]["episodes"] == 6
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("run.json", "[]"), ("run.json", "\x00"), ("times.jsonl", "{}\n"), ("episodes.jsonl", "\udc80\n")],
+)
+def test_damaged_files_of_a_run_say_how_to_begin_again(tmp_path: Path, file: str, text: str) -> None:
+    run(tmp_path)
+    (tmp_path / file).write_text(text, errors="surrogateescape")
+    with pytest.raises(MedSegError, match="--restart"):
+        run(tmp_path)
+    run(tmp_path, restart=True)
+
+
+def test_report_does_not_draw_other_targets_under_the_masks(tmp_path: Path) -> None:
+    from medseg_gym.bench.report import write_report
+
+    run(tmp_path, dataset_options={"size": 64, "seed": 7})
+    write_report(tmp_path, {ENV: medseg_gym.datasets.load("Phantom", size=64, seed=8)})
+    assert "another target" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert cli("report", str(tmp_path)).exit_code == 0
+    assert "another target" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_two_runs_into_one_folder_are_refused(tmp_path: Path) -> None:
     first = rundir.RunDir(tmp_path, {"a": 1})
     with pytest.raises(MedSegError, match="another run is writing"):
@@ -166,23 +249,82 @@ def test_a_full_disk_says_so_and_the_run_goes_on_afterwards(tmp_path: Path, monk
 
 
 class Sulky:
-    """Raises on every other case, and stops at once on the others."""
+    """Draws, clicks there, and raises on every other case."""
 
     name = "Sulky"
 
     def act(self, views: Sequence[View], rngs: Sequence[np.random.Generator]) -> list[Decision]:
-        if any(int(v.key.split("/")[2].split("-")[0]) % 2 for v in views):
-            raise RuntimeError("I would rather not")
-        return [Decision(Stop())] * len(views)
+        places = [rng.integers(0, 64, 2) for rng in rngs]
+        if any(is_odd(view.key) for view in views):
+            raise RuntimeError("I would rather [not] with [/red] brackets")
+        return [Decision(Click(x, y, np.bool_(True))) for x, y in places]
+
+
+def is_odd(key: str) -> bool:
+    return int(key.split("/")[2].split("-")[0]) % 2 == 1
 
 
 def test_a_policys_exception_fails_its_episode_only_and_counts_as_zero(tmp_path: Path) -> None:
     result = run(tmp_path, Sulky(), cases=40)
-    ended = {e.key: e.ended for e in result.episodes}
-    assert {kind for key, kind in ended.items() if int(key.split("/")[2].split("-")[0]) % 2} == {"failed"}
-    assert {kind for key, kind in ended.items() if not int(key.split("/")[2].split("-")[0]) % 2} == {"stopped"}
-    assert "I would rather not" in next(e for e in result.episodes if e.ended == "failed").error
+    assert {e.ended for e in result.episodes if is_odd(e.key)} == {"failed"}
+    assert {e.ended for e in result.episodes if not is_odd(e.key)} == {"horizon"}
+    assert "I would rather" in next(e for e in result.episodes if e.ended == "failed").error
     assert any("failed" in note for note in result.summary["notes"])
+
+
+def test_the_number_of_slots_changes_nothing_for_a_policy_that_draws_and_raises(tmp_path: Path) -> None:
+    for slots in (1, 2, 5):
+        run(tmp_path / str(slots), Sulky(), cases=12, num_envs=slots)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
+
+
+def test_brackets_in_names_and_errors_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from medseg_gym.cli import print_summary
+
+    policy = Sulky()
+    policy.name = "Sulky [/b] [red]"
+    print_summary(run(tmp_path, policy, cases=12).summary)
+    out = capsys.readouterr().out
+    assert "Sulky [/b] [red]" in out and "rather [not] with [/red]" in out
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [Decision(Click(float("nan"), 3)), Decision(Click("a", 3)), Decision(Click(3, 3, "no")), Decision("click")],  # type: ignore[arg-type]
+)
+def test_actions_that_are_none_are_unreadable_turns_and_the_run_goes_on(tmp_path: Path, decision: Decision) -> None:
+    class Odd:
+        name = "Odd"
+
+        def act(self, views: Any, rngs: Any) -> list[Decision]:
+            return [decision] * len(views)
+
+    result = run(tmp_path, Odd(), cases=2)
+    assert result.summary["rows"][0]["unreadable_turns"] == 10
+    run(tmp_path, Odd(), cases=2)
+
+
+def test_a_decision_whose_text_is_no_text_fails_its_episode(tmp_path: Path) -> None:
+    class Mute:
+        name = "Mute"
+
+        def act(self, views: Any, rngs: Any) -> list[Decision]:
+            return [Decision(Stop(), text=None)] * len(views)  # type: ignore[arg-type]
+
+    assert {e.ended for e in run(tmp_path, Mute(), cases=2).episodes} == {"failed"}
+
+
+def test_line_separators_in_a_policys_text_do_not_break_resuming(tmp_path: Path) -> None:
+    class Wordy:
+        name = "Wordy"
+
+        def act(self, views: Any, rngs: Any) -> list[Decision]:
+            return [Decision(Stop(), text="a\u2028b\u0085c\x0bd")] * len(views)
+
+    run(tmp_path, Wordy())
+    assert run(tmp_path, Wordy()).episodes[0].turns[0].text == "a\u2028b\u0085c\x0bd"
 
 
 class Garbled:
@@ -320,6 +462,10 @@ def cli(*words: str) -> Any:
         (("--env", "MedSeg-BTCV-Stub-v0", "--policy", "BoxOnce"), "medseg-gym data prepare BTCV --from"),
         (("--env", "MedSeg-Phantom-MedSAM2-v0", "--policy", "BoxOnce"), "medseg-gym tools download MedSAM2"),
         (("--env", "CartPole-v1", "--policy", "BoxOnce"), "MedSeg"),
+        (("--env", ENV, "--policy", "BoxOnce", "--seed", "-1"), "seed=-1"),
+        (("--env", ENV, "--policy", "BoxOnce", "--tool", "GrabCut"), "goes with the env MedSeg-v0"),
+        (("--env", "MedSeg-v0", "--policy", "BoxOnce", "--tool", "json:dumps"), "json:dumps"),
+        (("--env", "MedSeg-v0", "--policy", "BoxOnce", "--tool", "os:getcwd"), "not a segmentation tool"),
     ],
 )
 def test_the_command_line_answers_mistakes_in_one_line(

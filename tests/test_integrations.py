@@ -9,15 +9,14 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from conftest import WITHOUT_WEIGHTS
 
-from medseg_gym import env_id, tools
+from medseg_gym import env_id
 from medseg_gym.envs.wrappers import Float32, VectorFloat32, rllib_env
 from medseg_gym.errors import MedSegError
-from medseg_gym.tools.cards import TOOLS
 
 ENV = "MedSeg-Phantom-Stub-v0"
 SMALL: dict[str, Any] = {"structures": ("liver",), "dataset_options": {"size": 64, "task": "ct"}}
-RUNNABLE_TOOLS = [name for name in TOOLS if tools.available(name)]
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +26,7 @@ def _quiet() -> Any:
         yield
 
 
-@pytest.mark.parametrize("tool", RUNNABLE_TOOLS)
+@pytest.mark.parametrize("tool", WITHOUT_WEIGHTS)
 def test_stable_baselines_checker_passes(tool: str) -> None:
     checker = pytest.importorskip("stable_baselines3.common.env_checker")
     env = gym.make(env_id("Phantom", tool), size=84, **SMALL)

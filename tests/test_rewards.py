@@ -126,6 +126,8 @@ def test_a_users_own_terms_are_weighed_and_named() -> None:
         (lambda: rewards.resolve("shapd"), "did you mean 'shaped'"),
         (lambda: rewards.RewardSpec({"qualty": 1.0}), "did you mean 'quality'"),
         (lambda: rewards.RewardSpec({}), "no terms"),
+        (lambda: rewards.RewardSpec({"quality": float("nan")}), "wanted a number"),
+        (lambda: rewards.RewardSpec({"quality": "1"}), "wanted a number"),  # type: ignore[dict-item]
         (lambda: rewards.RewardSpec({"quality": 1.0, "ibis_gain": 1.0}), "mixes"),
         (lambda: rewards.resolve("ibis", "terminal"), "no terminal timing"),
         (lambda: rewards.resolve("shaped", "late"), "timing"),

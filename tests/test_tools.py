@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from medseg_gym import tools
-from medseg_gym.errors import UnknownNameError, WeightsMissingError
+from medseg_gym.errors import MedSegError, UnknownNameError, WeightsMissingError
 from medseg_gym.tools.base import SegmentationTool, advance, empty_state, given_state
 from medseg_gym.tools.cache import CachedTool
 from medseg_gym.tools.conformance import check_tool
@@ -45,9 +45,9 @@ def test_a_ready_tool_is_wrapped_once() -> None:
     cached = tools.load(tool)
     assert cached.tool is tool and tools.load(tool) is cached and tools.load(cached) is cached
     assert tools.load(Stub()) is not cached
-    with pytest.raises(TypeError, match="a ready tool takes no options"):
+    with pytest.raises(UnknownNameError, match="a ready tool takes no options"):
         tools.load(tool, memory="latest")
-    with pytest.raises(TypeError, match="int is not a segmentation tool: it lacks name"):
+    with pytest.raises(MedSegError, match="int is not a segmentation tool: it lacks name"):
         tools.load(3)  # type: ignore[arg-type]
 
 

@@ -187,6 +187,35 @@ def test_send_refuses_what_cannot_be_executed_before_anything_is_queued() -> Non
         vector(2).send([Stop()], [0])
 
 
+@pytest.mark.parametrize("options", [{"sample": [None, None, "bad"]}, {"start_mask": [None, None, np.zeros((2, 2))]}])
+def test_a_refused_reset_moves_no_slot_and_draws_nothing(options: dict[str, Any]) -> None:
+    env, twin = vector(3, autoreset_mode="Disabled"), vector(3, autoreset_mode="Disabled")
+    env.reset(seed=4), twin.reset(seed=4)
+    env.step([Click(9, 9)] * 3)
+    with pytest.raises(MedSegError):
+        env.reset(options=options)
+    assert [env.view(i).turn for i in range(3)] == [1, 1, 1]
+    assert env.reset()[1]["key"].tolist() == twin.reset()[1]["key"].tolist()
+
+
+def test_a_reset_of_slots_with_actions_under_way_moves_no_slot() -> None:
+    env = vector(3, autoreset_mode="Disabled")
+    env.reset(seed=0)
+    env.step([Click(9, 9)] * 3)
+    env.send([Click(8, 8)], [2])
+    with pytest.raises(MedSegError, match=r"slots \[2\]"):
+        env.reset()
+    assert [env.view(i).turn for i in range(3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("ids", [[True, False], [2.7, 0], ["a", "b"]])
+def test_slot_numbers_that_are_none_are_refused(ids: Any) -> None:
+    env = vector(3, autoreset_mode="Disabled")
+    env.reset(seed=0)
+    with pytest.raises(InvalidActionError, match="wanted slot numbers"):
+        env.send([Stop(), Stop()], ids)
+
+
 @pytest.mark.parametrize("bad", [[Stop()], np.zeros((3, 4), int), np.full((3, 5), 1000), 7, [Stop(), Stop(), "x"]])
 def test_bad_batches_are_refused_and_no_slot_moves(bad: Any) -> None:
     env = vector(3)

@@ -1,13 +1,15 @@
-"""Which cases a run evaluates: a seeded choice of a split without replacement, in key order."""
+"""Which cases a run evaluates, a seeded choice of a split without replacement, and what identifies their content."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from medseg_gym.datasets.base import Dataset
 from medseg_gym.errors import BadDataError, MedSegError
+from medseg_gym.images import image_hash
 
 
 def choose_cases(
@@ -32,3 +34,20 @@ def choose_cases(
             f"{dataset.name}: {len(chosen)} cases, fewer than the {cases} asked for: its {split} split has no more"
         )
     return sorted(keys[int(i)] for i in chosen), notes
+
+
+def content_of(dataset: Dataset, keys: Sequence[str]) -> str:
+    """What changes when the cases behind the keys change: the dataset's own word for it, else a hash of the cases.
+
+    A store has its checksum and Phantom its options; of a dataset without such a `content` all chosen cases are read.
+    """
+    content = getattr(dataset, "content", None) or getattr(dataset, "checksum", None)
+    if isinstance(content, str):
+        return content
+    digest = hashlib.sha256()
+    for key in keys:
+        sample = dataset[key]
+        digest.update(image_hash(sample.image).encode())
+        digest.update(np.packbits(sample.target).tobytes())
+        digest.update(f"{key}\0{sample.structure}\0{sample.instruction}\0{sample.patient}\0".encode())
+    return digest.hexdigest()

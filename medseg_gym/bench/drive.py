@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from medseg_gym.envs.vector import SegmentVectorEnv
-from medseg_gym.errors import InvalidActionError
+from medseg_gym.errors import InvalidActionError, MedSegError
 from medseg_gym.policies.base import Policy
 from medseg_gym.types import Action, Decision, Episode, Unreadable, View
 
@@ -52,18 +52,19 @@ def drive(
     running: dict[int, Running] = {}
     finished: dict[int, tuple[Episode, float]] = {}
     counted = env.engine.tool.counters()
-    begun = False
     while waiting or running:
         clock = time.perf_counter()
-        free = [i for i in range(env.num_envs) if i not in running][: len(waiting)]
-        for slot in free:
+        while waiting and (free := next((i for i in range(env.num_envs) if i not in running), None)) is not None:
             case = waiting.pop()
-            running[slot] = Running(case, np.random.default_rng([seed, case]))
-        _begin(env, free, {slot: keys[running[slot].case] for slot in free}, first=not begun)
-        begun = True
+            error = _begin(env, free, keys[case])
+            if error:
+                finished[case] = _unread(env, keys[case], case, label, seed, error), 0.0
+            else:
+                running[free] = Running(case, np.random.default_rng([seed, case]))
         slots = sorted(running)
-        _turn(env, policy, slots, running)
-        share = (time.perf_counter() - clock) / len(slots)
+        if slots:
+            _turn(env, policy, slots, running)
+        share = (time.perf_counter() - clock) / max(1, len(slots))
         for slot in slots:
             run = running[slot]
             run.seconds += share
@@ -80,27 +81,48 @@ def drive(
             yield episode, Timing(seconds, encodes, hits)
 
 
-def _begin(env: SegmentVectorEnv, slots: Sequence[int], keys: dict[int, str], *, first: bool) -> None:
-    if not slots:
-        return
-    samples = [keys.get(i) for i in range(env.num_envs)]
-    if first:  # the first reset must be of all slots; those without a case get the first one and stay idle
-        samples = [sample or keys[slots[0]] for sample in samples]
-        env.reset(options={"sample": samples})
-        return
-    mask = np.zeros(env.num_envs, np.bool_)
-    mask[list(slots)] = True
-    env.reset(options={"sample": samples, "reset_mask": mask})
+def _begin(env: SegmentVectorEnv, slot: int, key: str) -> str:
+    """Begins a case in a slot; what is wrong with the case where it cannot be read, else the empty text."""
+    try:
+        env.engine.reset(slot, np.random.default_rng(0), {"sample": key})
+    except MedSegError as error:
+        return f"case: {error}"
+    return ""
+
+
+def _unread(env: SegmentVectorEnv, key: str, case: int, label: str, seed: int, error: str) -> Episode:
+    """The record of a case that could not even be read: failed, so it counts as 0 and the run goes on."""
+    return Episode(
+        env=env.name,
+        tool=env.tool.fingerprint,
+        policy=label,
+        case=case,
+        key=key,
+        structure="",
+        instruction="",
+        patient="",
+        seed=seed,
+        horizon=env.engine.config.horizon,
+        reward=env.engine.reward.name,
+        turns=(),
+        iou=(0.0,),
+        dice=(0.0,),
+        ended="failed",
+        error=error,
+    )
 
 
 def _turn(env: SegmentVectorEnv, policy: Policy, slots: Sequence[int], running: dict[int, Running]) -> None:
     """One decision and one action for every running slot; exceptions of the policy stay with their slot."""
     views = env.views(slots)
     rngs = [running[slot].rng for slot in slots]
+    states = [rng.bit_generator.state for rng in rngs]
     try:
         decisions: Sequence[Decision | Exception] = _act(policy, views, rngs)
-    except Exception as error:
-        decisions = [error] if len(slots) == 1 else [_act_alone(policy, v, r) for v, r in zip(views, rngs, strict=True)]
+    except Exception:
+        for rng, state in zip(rngs, states, strict=True):  # or a case would depend on those that shared its batch
+            rng.bit_generator.state = state
+        decisions = [_act_alone(policy, view, rng) for view, rng in zip(views, rngs, strict=True)]
     sent: list[int] = []
     actions: list[Action | Unreadable] = []
     for slot, decision in zip(slots, decisions, strict=True):
@@ -109,7 +131,7 @@ def _turn(env: SegmentVectorEnv, policy: Policy, slots: Sequence[int], running: 
             continue
         running[slot].texts.append(decision.text)
         sent.append(slot)
-        actions.append(_readable(env, decision))
+        actions.append(_readable(env, slot, decision))
     if sent:
         env.send(actions, sent)
         env.recv()
@@ -119,6 +141,8 @@ def _act(policy: Policy, views: Sequence[View], rngs: Sequence[np.random.Generat
     decisions = policy.act(views, rngs)
     if len(decisions) != len(views) or not all(isinstance(d, Decision) for d in decisions):
         raise TypeError(f"{policy.name}.act gave {decisions!r:.200}; wanted {len(views)} Decisions, one a view")
+    if not all(isinstance(d.text, str) and isinstance(d.reason, str) for d in decisions):
+        raise TypeError(f"{policy.name}.act gave a Decision whose text or reason is no str: {decisions!r:.200}")
     return decisions
 
 
@@ -129,12 +153,11 @@ def _act_alone(policy: Policy, view: View, rng: np.random.Generator) -> Decision
         return error
 
 
-def _readable(env: SegmentVectorEnv, decision: Decision) -> Action | Unreadable:
+def _readable(env: SegmentVectorEnv, slot: int, decision: Decision) -> Action | Unreadable:
+    """The decision's action; one that the env would refuse is the agent's mistake, not the run's."""
     if decision.action is None:
         return Unreadable(decision.reason or "no action could be read")
     try:
-        if env.engine.codec.verb_of(decision.action) in env.verbs:
-            return decision.action
-    except (KeyError, InvalidActionError):
-        pass
-    return Unreadable(f"{decision.action!r:.200} is not among this env's actions: {', '.join(env.verbs)}")
+        return env.engine.codec.read(decision.action, env.engine.slot(slot).grid)
+    except InvalidActionError as error:
+        return Unreadable(f"{error!s:.300}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import gymnasium as gym
 from gymnasium.vector import AutoresetMode
 
 from medseg_gym import policies as policy_registry
-from medseg_gym.bench.cases import choose_cases
+from medseg_gym.bench.cases import choose_cases, content_of
 from medseg_gym.bench.drive import drive
 from medseg_gym.bench.rundir import RunDir
 from medseg_gym.bench.summary import SUMMARY_SCHEMA, summarise_row
+from medseg_gym.envs.config import EnvConfig, whole_number
 from medseg_gym.envs.vector import SegmentVectorEnv
 from medseg_gym.errors import MedSegError, unknown
 from medseg_gym.policies.base import Policy
+from medseg_gym.registration import ANY
+from medseg_gym.rewards import describe
 from medseg_gym.types import Episode
 
 Progress = Callable[[str, int, int], None]  # (label, cases done, cases)
@@ -69,6 +73,10 @@ def evaluate(
     wanted = [policy] if isinstance(policy, str) or not isinstance(policy, Sequence) else list(policy)
     if not envs or not wanted:
         raise MedSegError("nothing to evaluate; give at least one env and one policy")
+    seed = whole_number("seed", seed, 0, 2**63 - 1)
+    for name in ("dataset", "tool"):
+        if name in options and any(env_id != ANY for env_id in envs):
+            raise MedSegError(f"{name}= goes with the env {ANY}; the others have theirs in their id: {', '.join(envs)}")
     options.setdefault("on_error", "fail")
     pairs: list[_Pair] = []
     notes: list[str] = []
@@ -80,7 +88,7 @@ def evaluate(
             ready = policy_registry.make(spec, made)
             pairs.append(_Pair(made, env_id, ready, ready.name, keys))
     _check_labels(pairs)
-    run = RunDir(Path(out), _settings(pairs, cases, seed, split, options), restart=restart)
+    run = RunDir(Path(out), _settings(pairs, cases, seed, split), restart=restart)
     try:
         _check_resumed(run, pairs)
         for pair in pairs:
@@ -124,25 +132,29 @@ def _check_labels(pairs: Sequence[_Pair]) -> None:
         seen.add((pair.env_id, pair.label))
 
 
-def _settings(
-    pairs: Sequence[_Pair], cases: int | None, seed: int, split: str, options: Mapping[str, Any]
-) -> dict[str, Any]:
+def _settings(pairs: Sequence[_Pair], cases: int | None, seed: int, split: str) -> dict[str, Any]:
     """All that decides the episodes; two runs with equal settings have equal episodes."""
     from medseg_gym import __version__
 
+    engines = {pair.env_id: pair.env.engine for pair in pairs}
     return {
         "version": __version__,
         "split": split,
         "seed": seed,
         "cases": cases,
         "pairs": [[pair.env_id, pair.label] for pair in pairs],
-        "tools": {pair.env_id: pair.env.tool.fingerprint for pair in pairs},
+        "envs": {name: _described(engine.config) for name, engine in engines.items()},
+        "rewards": {name: describe(engine.reward) for name, engine in engines.items()},
+        "tools": {name: engine.tool.fingerprint for name, engine in engines.items()},
+        "datasets": {pair.env_id: content_of(pair.env.dataset, pair.keys) for pair in pairs},
         "keys": {pair.env_id: pair.keys for pair in pairs},
-        "options": {
-            name: getattr(value, "name", None) or repr(value)  # an object's repr may hold its address
-            for name, value in sorted(options.items())
-        },
     }
+
+
+def _described(config: EnvConfig) -> dict[str, str]:
+    """The env's settings; the reward is described by its terms, tool and dataset by their content."""
+    apart = ("reward", "timing", "tool_options", "dataset_options")
+    return {f.name: repr(getattr(config, f.name)) for f in fields(config) if f.name not in apart}
 
 
 def _check_resumed(run: RunDir, pairs: Sequence[_Pair]) -> None:
@@ -180,6 +192,7 @@ def _summary(
         labels = {
             "env": pair.env_id,
             "dataset": pair.env.dataset.name,
+            "dataset_options": _plain(pair.env.engine.config.dataset_options),
             "tool": pair.env.tool.name,
             "tool_fingerprint": pair.env.tool.fingerprint,
             "policy": pair.label,
@@ -198,6 +211,14 @@ def _summary(
         "versions": versions(),
         "rows": rows,
     }
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Options that JSON holds, so that a report can be drawn again from the folder alone; None where it does not."""
+    try:
+        return dict(json.loads(json.dumps(dict(options))))
+    except TypeError:
+        return None
 
 
 def _times(run: RunDir, pairs: Sequence[_Pair]) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from typing import Any
 from medseg_gym.bench import gallery as pictures
 from medseg_gym.bench.gallery import Case, Score, final_score
 from medseg_gym.bench.plots import COLOURS, Series, curves, spread
+from medseg_gym.bench.rundir import write_whole
 from medseg_gym.datasets.base import Dataset
-from medseg_gym.episodes import from_json
+from medseg_gym.episodes import decode_mask, from_json
 from medseg_gym.errors import BadDataError, MedSegError
 from medseg_gym.filmstrip import signed
+from medseg_gym.metrics import iou
 from medseg_gym.types import Episode, Sample
 
 SUMMARY_SCHEMA = 1
@@ -39,8 +41,7 @@ def write_report(directory: Path, datasets: Mapping[str, Dataset], *, gallery: i
     episodes = read_episodes(directory / "episodes.jsonl")
     page = render_report(summary, times, episodes, datasets, gallery=gallery)
     path = directory / "report.html"
-    # A completion may hold half of a surrogate pair, which UTF-8 cannot.
-    path.write_bytes(page.encode("utf-8", "replace"))
+    write_whole(path, page)
     return path
 
 
@@ -272,10 +273,21 @@ def _sample(played: Sequence[tuple[str, int, Episode]], datasets: Mapping[str, D
             gap = gap or f"no case {episode.key} ({type(error).__name__})"
             continue
         sizes = {tuple(turn.mask["size"]) for _, _, other in played for turn in other.turns}
-        if sizes <= {sample.target.shape}:
+        if not sizes <= {sample.target.shape}:
+            gap = gap or f"{episode.key} has another size here than in the episodes"
+        elif not _is_target_of(sample, episode):
+            gap = gap or f"{episode.key} has another target here than in the episodes"
+        else:
             return sample, ""
-        gap = gap or f"{episode.key} has another size here than in the episodes"
     return None, gap
+
+
+def _is_target_of(sample: Sample, episode: Episode) -> bool:
+    """Whether the stored masks overlap the target as the episode says: a dataset of the same name may hold others."""
+    return all(
+        abs(iou(decode_mask(turn.mask), sample.target) - stored) < 1e-6
+        for turn, stored in zip(episode.turns, episode.iou[1:], strict=False)
+    )
 
 
 def _group(

@@ -12,7 +12,8 @@ from medseg_gym.episodes import from_json, to_json
 from medseg_gym.errors import BadDataError, MedSegError
 from medseg_gym.types import Episode
 
-FILES = ("run.json", "episodes.jsonl", "times.jsonl", "summary.json", "times.json", "report.html")
+# run.json last: a kill in the middle of a restart then leaves a run that is resumed, not one without settings
+FILES = ("report.html", "times.json", "summary.json", "times.jsonl", "episodes.jsonl", "run.json")
 
 
 class RunDir:
@@ -33,7 +34,7 @@ class RunDir:
             self.episodes: list[Episode] = self._complete_lines("episodes.jsonl", from_json)
             done = {(e.env, e.policy, e.case) for e in self.episodes}
             # keyed: a kill between the two appends leaves a time without its episode, which is then played again
-            times = {(t["env"], t["policy"], t["case"]): t for t in self._complete_lines("times.jsonl", json.loads)}
+            times = dict(self._complete_lines("times.jsonl", _timed))
             self.times = [record for key, record in times.items() if key in done]
         except BaseException:
             self.close()
@@ -60,7 +61,9 @@ class RunDir:
         wanted = json.loads(json.dumps(settings))
         if not file.exists():
             if (self.path / "episodes.jsonl").exists():
-                raise BadDataError(f"{self.path} holds episodes.jsonl but no run.json; choose another folder")
+                raise BadDataError(
+                    f"{self.path} holds episodes.jsonl but no run.json; choose another --out, or use --restart"
+                )
             self.write("run.json", wanted)
             return
         try:
@@ -69,6 +72,8 @@ class RunDir:
             raise BadDataError(
                 f"{file}: not JSON ({error}); choose another folder, or start over with --restart"
             ) from None
+        if not isinstance(found, dict):
+            raise BadDataError(f"{file}: not a run's settings; choose another --out, or use --restart")
         if found != wanted:
             differs = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
             raise MedSegError(
@@ -87,19 +92,25 @@ class RunDir:
             with file.open("r+b") as handle:
                 handle.truncate(whole)
         records = []
-        for number, line in enumerate(data[:whole].decode("utf-8").splitlines(), start=1):
+        # bytes, because str.splitlines also splits at line separators that a policy's text may hold
+        for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
             try:
-                records.append(parse(line))
-            except (BadDataError, json.JSONDecodeError) as error:
+                records.append(parse(line.decode("utf-8")))
+            except (BadDataError, ValueError, KeyError, TypeError) as error:
                 raise BadDataError(f"{file}, line {number}: {error}; start the run over with --restart") from None
         return records
 
 
+def _timed(line: str) -> tuple[tuple[str, str, int], dict[str, Any]]:
+    record = json.loads(line)
+    return (record["env"], record["policy"], record["case"]), record
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half."""
+    """Writes a file so that a reader sees the old one or the new one, never half. Lone surrogates become "?"."""
     part = path.with_name(path.name + ".part")
     try:
-        with part.open("w", encoding="utf-8") as handle:
+        with part.open("w", encoding="utf-8", errors="replace", newline="\n") as handle:
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())

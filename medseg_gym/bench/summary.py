@@ -17,7 +17,7 @@ NOC_THRESHOLDS = (80, 85, 90)  # per cent of IoU
 
 def curves(episode: Episode) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The (iou, dice) curves that count, T + 1 values each; all zero for a failed or unreadable episode."""
-    if episode.ended in ("failed", "unreadable"):
+    if not _counts(episode):
         zeros = (0.0,) * len(episode.iou)
         return zeros, zeros
     return episode.iou, episode.dice
@@ -42,7 +42,7 @@ def summarise_row(episodes: Sequence[Episode], **labels: Any) -> dict[str, Any]:
         "noc": {str(q): _noc(iou, q / 100) for q in NOC_THRESHOLDS},
         "actions": _mean(len(episode.turns) for episode in episodes),
         "tool_calls": _mean(sum(turn.tool_called for turn in episode.turns) for episode in episodes),
-        "reward": _mean(sum(turn.reward for turn in episode.turns) for episode in episodes),
+        "reward": _mean(_counts(episode) * sum(turn.reward for turn in episode.turns) for episode in episodes),
         "unreadable_turns": sum(isinstance(t.action, Unreadable) for episode in episodes for t in episode.turns),
         "ended": {
             kind: Counter(episode.ended for episode in episodes)[kind]
@@ -57,6 +57,10 @@ def summarise_row(episodes: Sequence[Episode], **labels: Any) -> dict[str, Any]:
             for structure, members in sorted(by_structure.items())
         },
     }
+
+
+def _counts(episode: Episode) -> bool:
+    return episode.ended not in ("failed", "unreadable")
 
 
 def _noc(curves_: Sequence[Sequence[float]], quality: float) -> dict[str, Any]:

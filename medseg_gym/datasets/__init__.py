@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,8 @@ def load(dataset: str | os.PathLike[str] | Dataset, **options: Any) -> Dataset:
     if name == "Phantom":
         from medseg_gym.datasets.phantom import Phantom
 
-        return _once(("Phantom", tuple(sorted(options.items()))), lambda: Phantom(**options))
+        check_keywords("Phantom", options, inspect.signature(Phantom).parameters)
+        return _once(("Phantom", repr(sorted(options.items()))), lambda: Phantom(**options))
     check_keywords("dataset", options, ())
     if name.endswith(".h5"):
         path, wanted = Path(name), None

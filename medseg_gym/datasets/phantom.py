@@ -12,10 +12,11 @@ import numpy as np
 
 from medseg_gym.datasets.base import SPLITS, check_split, check_structures
 from medseg_gym.datasets.phantoms import TASKS, Kind, slug
-from medseg_gym.errors import unknown
+from medseg_gym.errors import BadDataError, unknown
 from medseg_gym.types import Box, Mask, Sample
 
 CASES: Mapping[str, int] = {"train": 100_000, "val": 10_000, "test": 10_000}  # images a split
+DRAWING = 1  # goes up with every change of what a key looks like
 SIZES = range(32, 1025)
 KEPT = 8  # scenes kept drawn: the structures of one image are usually asked for together
 
@@ -48,17 +49,17 @@ class Phantom:
             raise unknown("task", task, TASKS)
         size = (64 if task == "cue" else 256) if size is None else size
         if size not in SIZES:
-            raise ValueError(f"size={size!r}; wanted a whole number from {SIZES[0]} to {SIZES[-1]}")
+            raise BadDataError(f"size={size!r}; wanted a whole number from {SIZES[0]} to {SIZES[-1]}")
         for option, share in (("absent", absent), ("difficulty", difficulty)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{option}={share!r}; wanted a number from 0 to 1")
-        if seed != int(seed) or seed < 0:
-            raise ValueError(f"seed={seed!r}; wanted a whole number from 0 up")
+            if not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise BadDataError(f"{option}={share!r}; wanted a number from 0 to 1")
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise BadDataError(f"seed={seed!r}; wanted a whole number from 0 up")
         counts = dict(cases) if isinstance(cases, Mapping) else dict.fromkeys(SPLITS, cases)
         for split, count in counts.items():
             check_split(split)
-            if count != int(count) or count < 0:
-                raise ValueError(f"cases of {split!r} are {count!r}; wanted a whole number from 0 up")
+            if not isinstance(count, int | np.integer) or count < 0:
+                raise BadDataError(f"cases of {split!r} are {count!r}; wanted a whole number from 0 up")
         self.size, self.task, self.absent = int(size), task, float(absent)
         self.difficulty, self.seed = float(difficulty), int(seed)
         self.cases = {split: int(counts.get(split, CASES[split])) for split in SPLITS}
@@ -73,6 +74,11 @@ class Phantom:
 
     def __repr__(self) -> str:
         return f"Phantom(task={self.task!r}, size={self.size}, difficulty={self.difficulty}, seed={self.seed})"
+
+    @property
+    def content(self) -> str:
+        """What decides every case: the version of the drawing, and the options."""
+        return f"Phantom drawing {DRAWING}: {self.__reduce__()[1][0]}"
 
     def keys(self, split: str, structures: Sequence[str] = ()) -> Keys:
         """The keys of a split in ascending order, worked out as they are asked for; `structures` keeps only these."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from operator import index
 from typing import Any
 
 from medseg_gym.errors import MedSegError, UnknownNameError, check_keywords, unknown
@@ -32,11 +33,13 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         for name, low, high in (("horizon", 1, 10_000), ("size", 8, MAX_SIZE), ("stop_after_repeats", 0, 10_000)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise MedSegError(f"{name}={value!r}; wanted a whole number from {low} to {high}")
-        if isinstance(self.structures, str):
-            object.__setattr__(self, "structures", (self.structures,))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), low, high))
+        object.__setattr__(self, "structures", _names("structures", self.structures))
+        if self.verbs is not None:
+            object.__setattr__(self, "verbs", _names("verbs", self.verbs))
+        for name in ("dataset_options", "tool_options"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise MedSegError(f"{name}={getattr(self, name)!r}; wanted a dict of keywords")
         for name, known in (
             ("observation", ("image", "dict")),
             ("on_unreadable", ("explain", "end")),
@@ -56,3 +59,26 @@ class EnvConfig:
                 raise UnknownNameError(f"{error}; an episode's length is set by horizon=") from None
             raise
         return EnvConfig(**options)
+
+
+def whole_number(name: str, value: Any, low: int, high: int) -> int:
+    """The value as an int if it is a whole number within the bounds, NumPy's too; otherwise MedSegError."""
+    try:
+        number = index(value) if not isinstance(value, bool) else None
+    except TypeError:
+        number = None
+    if number is None or not low <= number <= high:
+        raise MedSegError(f"{name}={value!r}; wanted a whole number from {low} to {high}")
+    return number
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    try:
+        names = tuple(value)
+    except TypeError:
+        names = (None,)
+    if not all(isinstance(n, str) for n in names):
+        raise MedSegError(f"{name}={value!r}; wanted a sequence of names")
+    return names

@@ -89,6 +89,10 @@ class Engine:
 
     def reset(self, index: int, rng: np.random.Generator, options: Mapping[str, Any] | None = None) -> None:
         """Begins an episode in a slot; `options` may pin the case ("sample") and give a start mask ("start_mask")."""
+        self.slots[index] = self.begin(rng, options, before=index)
+
+    def begin(self, rng: np.random.Generator, options: Mapping[str, Any] | None = None, *, before: int) -> Slot:
+        """A new episode, to be put into a slot; `before` is the slot whose overlay may serve again."""
         options = options or {}
         check_keywords("reset option", options, RESET_OPTIONS)
         sample = self._sample(options.get("sample"), rng)
@@ -100,10 +104,10 @@ class Engine:
         iou, dice = _overlap(stack[-1].mask, sample.target, target_area)
         progress = rewards.start(iou, dice)
         height, width = sample.target.shape
-        self.slots[index] = Slot(
+        return Slot(
             sample=sample,
             grid=Grid(height, width),
-            overlay=self._overlay(index, sample.image),
+            overlay=self._overlay(before, sample.image),
             target_area=target_area,
             stack=stack,
             progress=progress,
@@ -261,7 +265,8 @@ class Engine:
         progress = rewards.after(slot.progress, action, slot.progress.iou, slot.progress.dice, tool_called=False)
         slot.ended = "failed"
         slot.error = f"{type(error).__name__}: {error}"
-        terms = dict.fromkeys(slot.terms, 0.0)
+        # a failed episode counts as 0, so what it was paid is taken back: dense and terminal rewards agree again
+        terms = {name: -sum(outcome.terms[name] for outcome in slot.outcomes) for name in slot.terms}
         self._record(slot, action, slot.state.mask, progress, terms, tool_called=False)
 
     def _record(

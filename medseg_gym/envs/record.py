@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from medseg_gym.envs.engine import Engine
 from medseg_gym.episodes import encode_mask
+from medseg_gym.rewards import describe
 from medseg_gym.types import Episode
 
 
@@ -30,4 +31,5 @@ def episode_of(engine: Engine, index: int, *, env: str, policy: str, seed: int, 
         start=None if slot.start is None else encode_mask(slot.start),
         spacing_mm=slot.sample.spacing_mm,
         error=error or slot.error,
+        extra={"reward": describe(engine.reward)},
     )

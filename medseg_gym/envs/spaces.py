@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,6 @@ def check_verbs(verbs: Sequence[str] | None, tool: SegmentationTool) -> tuple[st
     able = tool_verbs(tool)
     if verbs is None:
         return able
-    if isinstance(verbs, str):
-        verbs = (verbs,)
     for verb in verbs:
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)
@@ -65,28 +64,40 @@ class ActionCodec:
 
     def encode(self, action: Action, grid: Grid) -> NDArray[np.int64]:
         """The vector of an action; pixels outside the image are clamped. A verb that is not allowed raises."""
-        name = self.verb_of(action)
-        if name not in self.verbs:
-            raise InvalidActionError(f"{action!r} needs the verb {name!r}; this env allows {', '.join(self.verbs)}")
+        action = grid.snap(self.allowed(action))
         numbers = [0, 0, 0, 0]
-        action = grid.snap(action)
         if isinstance(action, Click):
             numbers[:2] = grid.from_pixel(action.x, action.y)
         elif isinstance(action, Box):
             numbers[:2] = grid.from_pixel(action.x1, action.y1)
             numbers[2:] = grid.from_pixel(action.x2, action.y2)
-        return np.array([self.verbs.index(name), *numbers], np.int64)
+        return np.array([self.verbs.index(self.verb_of(action)), *numbers], np.int64)
 
     def read(self, action: Any, grid: Grid) -> Action | Unreadable:
         """What an env executes for whatever `step` was given: a vector, a typed action, or Unreadable."""
         if isinstance(action, Unreadable):
             return action
         if isinstance(action, Click | Box | Stop | Undo):
-            name = self.verb_of(action)
-            if name not in self.verbs:
-                raise InvalidActionError(f"{action!r} needs the verb {name!r}; this env allows {', '.join(self.verbs)}")
-            return grid.snap(action)
+            return grid.snap(self.allowed(action))
         return self.decode(action, grid)
+
+    def allowed(self, action: Action) -> Action:
+        """The action with plain integers and booleans in it; InvalidActionError where it has none or no verb here."""
+        if not isinstance(action, Click | Box | Stop | Undo):
+            raise InvalidActionError(f"action {action!r}; wanted a Click, Box, Stop or Undo record")
+        name = self.verb_of(action)
+        if name not in self.verbs:
+            raise InvalidActionError(f"{action!r} needs the verb {name!r}; this env allows {', '.join(self.verbs)}")
+        try:
+            if isinstance(action, Click):
+                if not isinstance(action.positive, bool | np.bool_):
+                    raise TypeError("positive is no boolean")
+                return Click(index(action.x), index(action.y), bool(action.positive))
+            if isinstance(action, Box):
+                return Box(index(action.x1), index(action.y1), index(action.x2), index(action.y2))
+        except TypeError as error:
+            raise InvalidActionError(f"action {action!r}: {error}; wanted whole numbers of pixels") from None
+        return action
 
     def check(self, vector: Any) -> tuple[int, int, int, int, int]:
         wanted = self._wanted

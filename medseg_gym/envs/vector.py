@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from operator import index as whole
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from medseg_gym.datasets.base import Dataset
-from medseg_gym.envs.config import EnvConfig
+from medseg_gym.envs.config import EnvConfig, whole_number
 from medseg_gym.envs.engine import RESET_OPTIONS
 from medseg_gym.envs.record import episode_of
 from medseg_gym.envs.shared import RENDER_MODES, OverEngine, check_render_mode, make_engine, render_slot
@@ -42,9 +44,7 @@ class SegmentVectorEnv(OverEngine, VectorEnv[Any, Any, Any]):
         render_mode: str | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
-            raise MedSegError(f"num_envs={num_envs!r}; wanted a whole number from 1")
-        self.num_envs = num_envs
+        self.num_envs = whole_number("num_envs", num_envs, 1, 100_000)
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = {
             "render_modes": list(RENDER_MODES),
@@ -73,13 +73,21 @@ class SegmentVectorEnv(OverEngine, VectorEnv[Any, Any, Any]):
         chosen = self._reset_mask(options.pop("reset_mask", None))
         seeds = self._seeds(seed)
         per_slot = {name: self._spread(name, value) for name, value in options.items()}
-        for i in np.flatnonzero(chosen).tolist():
-            if i in self._queue:
-                raise MedSegError(f"slot {i} has an action under way; call recv before reset")
-            self._reset_slot(i, seeds[i], {name: values[i] for name, values in per_slot.items()})
-        missing = [i for i, slot in enumerate(self.engine.slots) if slot is None]
+        anew = np.flatnonzero(chosen).tolist()
+        busy = [i for i in anew if i in self._queue]
+        if busy:
+            raise MedSegError(f"slots {busy} have an action under way; call recv before reset")
+        missing = [i for i, slot in enumerate(self.engine.slots) if slot is None and not chosen[i]]
         if missing:
             raise MedSegError(f"slots {missing} were never reset; the first reset must be of all slots")
+        # all beginnings are made before any slot moves, so that a bad key or start mask changes nothing
+        rngs = {i: self._rng(i, seeds[i]) for i in anew}
+        begun = {
+            i: self.engine.begin(rngs[i], {name: values[i] for name, values in per_slot.items()}, before=i)
+            for i in anew
+        }
+        for i in anew:
+            self._rngs[i], self.engine.slots[i] = rngs[i], begun[i]
         return self._observe(range(self.num_envs)), self._infos(np.flatnonzero(chosen).tolist())
 
     def step(self, actions: Any) -> Arrays:
@@ -117,7 +125,12 @@ class SegmentVectorEnv(OverEngine, VectorEnv[Any, Any, Any]):
         """Queues one action for each of these slots; nothing is executed before recv. Needs AutoresetMode.DISABLED."""
         if self.autoreset_mode is not AutoresetMode.DISABLED:
             raise MedSegError(f'send needs autoreset_mode="Disabled"; this env has {self.autoreset_mode.value!r}')
-        ids = [int(i) for i in env_ids]
+        try:
+            ids = [whole(i) for i in env_ids if not isinstance(i, bool | np.bool_)]
+        except TypeError:
+            ids = []
+        if len(ids) != len(env_ids):
+            raise InvalidActionError(f"env_ids={env_ids!r}; wanted slot numbers")
         actions = self._split(actions, len(ids))
         for i in ids:
             if not 0 <= i < self.num_envs:
@@ -133,7 +146,10 @@ class SegmentVectorEnv(OverEngine, VectorEnv[Any, Any, Any]):
     def recv(
         self,
     ) -> tuple[NDArray[np.int64], Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        """Executes all queued actions with one tool call. All results have one row a slot, in env_ids' order."""
+        """Executes all queued actions with one tool call. All results have one row a slot, in env_ids' order.
+
+        Where the tool raises, no slot has moved and the queue is empty: the actions can be sent again.
+        """
         if not self._queue:
             raise MedSegError("recv without anything sent; call send first")
         ids = sorted(self._queue)
@@ -163,11 +179,17 @@ class SegmentVectorEnv(OverEngine, VectorEnv[Any, Any, Any]):
 
     # parts
 
-    def _reset_slot(self, index: int, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
+    def _rng(self, index: int, seed: int | None) -> np.random.Generator:
+        """A slot's next generator: a new one from a seed, else a copy of its own, to be kept if the reset succeeds."""
+        current = self._rngs[index]
+        if seed is not None or current is None:
+            return seeding.np_random(seed)[0]
+        return deepcopy(current)
+
+    def _reset_slot(self, index: int) -> None:
         rng = self._rngs[index]
-        if seed is not None or rng is None:
-            rng = self._rngs[index] = seeding.np_random(seed)[0]
-        self.engine.reset(index, rng, options)
+        assert rng is not None, "a slot that has ended has been reset before"
+        self.engine.reset(index, rng)
 
     def _observe(self, indices: Sequence[int]) -> Any:
         """Fresh observations, one row an index."""

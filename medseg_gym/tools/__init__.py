@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from medseg_gym.errors import UnknownNameError, check_keywords, unknown
+from medseg_gym.errors import MedSegError, UnknownNameError, check_keywords, unknown
 from medseg_gym.tools import weights
 from medseg_gym.tools.base import SegmentationTool
 from medseg_gym.tools.cache import MAX_BYTES, CachedTool, EmbeddingCache
@@ -35,7 +35,7 @@ def load(tool: str | SegmentationTool, *, cache_bytes: int = MAX_BYTES, **option
     key = (tool, json.dumps({**options, "cache_bytes": cache_bytes}, sort_keys=True, default=repr))
     with _lock:
         if key not in _loaded:
-            _loaded[key] = CachedTool(_checked(factory(**options)), cache_bytes)
+            _loaded[key] = CachedTool(_checked(_made(tool, factory, options)), cache_bytes)
         return _loaded[key]
 
 
@@ -68,7 +68,10 @@ def _factory(tool: str, options: dict[str, Any]) -> Callable[..., SegmentationTo
         if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there and lacks a dependency
         raise UnknownNameError(f"no tool at {tool!r} ({error}); wanted package.module:Class") from None
-    parameters = inspect.signature(factory).parameters
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        raise MedSegError(f"{tool!r} is not a tool class or a function that makes one") from None
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         check_keywords(tool, options, [*parameters, "cache_bytes"])
     return factory
@@ -76,7 +79,7 @@ def _factory(tool: str, options: dict[str, Any]) -> Callable[..., SegmentationTo
 
 def _wrap(tool: SegmentationTool, cache_bytes: int, options: dict[str, Any]) -> CachedTool:
     if options:
-        raise TypeError(f"{', '.join(options)}: a ready tool takes no options; give them to its constructor")
+        raise UnknownNameError(f"{', '.join(options)}: a ready tool takes no options; give them to its constructor")
     if isinstance(tool, CachedTool):
         return tool
     with _lock:
@@ -90,5 +93,12 @@ def _checked(tool: SegmentationTool) -> SegmentationTool:
     wanted = ("name", "fingerprint", "prompts", "memory", "max_batch", "encode", "predict", "prior_shape")
     lacks = [attribute for attribute in wanted if not hasattr(tool, attribute)]
     if lacks:
-        raise TypeError(f"{type(tool).__name__} is not a segmentation tool: it lacks {', '.join(lacks)}")
+        raise MedSegError(f"{type(tool).__name__} is not a segmentation tool: it lacks {', '.join(lacks)}")
     return tool
+
+
+def _made(tool: str, factory: Callable[..., SegmentationTool], options: dict[str, Any]) -> SegmentationTool:
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise MedSegError(f"tool {tool!r} cannot be made with {options or 'no options'}: {error}") from error

@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
+from medseg_gym.errors import unknown
 from medseg_gym.types import (
     Box,
     Click,
@@ -71,6 +72,11 @@ def fingerprint(name: str, **parts: Any) -> str:
     """`name:` and 16 hex digits over everything that changes an answer; parts must be JSON-serialisable."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return f"{name}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def check_memory(memory: object) -> None:
+    if memory not in get_args(Memory):
+        raise unknown("memory", memory, get_args(Memory))
 
 
 def buckets(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg_gym.images import image_hash
-from medseg_gym.tools.base import ALL_PROMPTS, Memory, fingerprint
+from medseg_gym.tools.base import ALL_PROMPTS, Memory, check_memory, fingerprint
 from medseg_gym.tools.graphcut import colour_evidence, colours, minimum_cut
 from medseg_gym.types import Box, Click, Embedding, Image, Logits, Mask, Prediction, Query
 
@@ -77,6 +77,7 @@ class GrabCut:
     """
 
     def __init__(self, *, memory: Memory = "cumulative") -> None:
+        check_memory(memory)
         self.name = "GrabCut"
         self.prompts = ALL_PROMPTS
         self.memory: Memory = memory

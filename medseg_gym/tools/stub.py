@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from medseg_gym.images import image_hash
-from medseg_gym.tools.base import ALL_PROMPTS, Memory, fingerprint
+from medseg_gym.tools.base import ALL_PROMPTS, Memory, check_memory, fingerprint
 from medseg_gym.types import Box, Embedding, Image, Logits, Prediction, Query
 
 
@@ -19,6 +19,7 @@ class Stub:
     """
 
     def __init__(self, *, memory: Memory = "cumulative", max_batch: int = 1) -> None:
+        check_memory(memory)
         self.name = "Stub"
         self.prompts = ALL_PROMPTS
         self.memory: Memory = memory
