@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from pathlib import Path
 
@@ -181,12 +180,8 @@ def test_colour_evidence_favours_the_colours_of_likely_pixels() -> None:
     assert (evidence[:, 9:] > 1).all() and (evidence[:, :7] < -1).all() and np.abs(evidence).max() <= 3
 
 
-def test_on_real_slices_the_box_beats_its_filled_rectangle_and_error_clicks_help() -> None:
-    root = Path(os.environ.get("MEDSEG_GYM_SAMPLES", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
-    folder = root / "imis-bench" / "BTCV"
-    if not folder.is_dir():
-        pytest.skip(f"real samples not found in {root}; name their folder in MEDSEG_GYM_SAMPLES")
-    cases = list(real_cases(folder, every=45))
+def test_on_real_slices_the_box_beats_its_filled_rectangle_and_error_clicks_help(samples: Path) -> None:
+    cases = list(real_cases(samples / "imis-bench" / "BTCV", every=45))
     filled, curves = [], []
     for image, target in cases:
         rows, columns = np.nonzero(target)

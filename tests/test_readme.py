@@ -19,7 +19,7 @@ def blocks(language: str) -> list[str]:
     return [text for kind, text in FENCE.findall(README.read_text(encoding="utf-8")) if kind == language]
 
 
-def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     code = blocks("python")

@@ -368,3 +368,37 @@ def test_the_published_sizes_have_their_parameter_counts() -> None:
         ]
     published = [38.9, 46.0, 80.8, 224.4]
     assert all(4 < whole - part < 10 for whole, part in zip(published, millions, strict=True)), millions
+
+
+@pytest.mark.parametrize("max_batch", [1, 4])
+def test_the_env_contracts_hold(max_batch: int) -> None:
+    """Gymnasium's and Stable-Baselines3's checkers, twin seeds, and slots equal to single envs."""
+    import gymnasium as gym
+    from gymnasium.utils.env_checker import check_env
+
+    from medseg_gym.envs import SegmentEnv, SegmentVectorEnv
+
+    tool = Sam2Tool.from_config(tiny_config(), 0, max_batch=max_batch)
+    options: dict[str, Any] = {"tool": tool, "size": 84, "structures": ("liver",), "dataset_options": {"size": 64}}
+    check_env(SegmentEnv(render_mode="rgb_array", **options))
+    checker = pytest.importorskip("stable_baselines3.common.env_checker")
+    checker.check_env(SegmentEnv(render_mode="rgb_array", **options))
+    vector, twin = SegmentVectorEnv(2, **options), SegmentVectorEnv(2, **options)
+    singles: list[gym.Env[Any, Any]] = [SegmentEnv(**options) for _ in range(2)]
+    obs, again = vector.reset(seed=3)[0], twin.reset(seed=3)[0]
+    np.testing.assert_array_equal(obs, again)
+    vector.action_space.seed(0)
+    for i, env in enumerate(singles):
+        np.testing.assert_array_equal(obs[i], env.reset(seed=3 + i)[0])
+    ended = [False, False]
+    for _ in range(8):
+        actions = vector.action_space.sample()
+        obs, rewards, terminated, truncated, _ = vector.step(actions)
+        np.testing.assert_array_equal(obs, twin.step(actions)[0])
+        for i, env in enumerate(singles):
+            alone = (env.reset()[0], 0.0, False, False) if ended[i] else env.step(actions[i])[:4]
+            if max_batch == 1:  # bit for bit; batches may round differently
+                np.testing.assert_array_equal(obs[i], alone[0])
+            assert rewards[i] == pytest.approx(alone[1], abs=1e-3)
+            assert (terminated[i], truncated[i]) == alone[2:]
+            ended[i] = bool(terminated[i] or truncated[i])
