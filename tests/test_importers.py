@@ -315,6 +315,10 @@ def lying_header() -> bytes:
         ({"data": lying_header()}, "not fit its bytes|not a readable array"),
         ({"data": b"\x93NUMPY"}, "not a readable array"),
         ({"data": b""}, "not a readable array"),
+        ({"format": npy(np.array("c\xe9r"))}, "not a readable label"),
+        ({"shape": npy(np.array([float("nan"), 6.0]))}, "not a readable label"),
+        ({"shape": npy(np.array([b"x", b"y"]))}, "not a readable label"),
+        ({"indices": npy(np.array([1, 4, 5], np.int32)).replace(b"(3,), }  ", b"(-1, -2), }")[:140]}, "readable"),
     ],
 )
 def test_a_bad_label_is_refused_before_anything_is_unpacked_or_run(
@@ -322,6 +326,15 @@ def test_a_bad_label_is_refused_before_anything_is_unpacked_or_run(
 ) -> None:
     with pytest.raises(BadDataError, match=message):
         read_label(label_file(tmp_path, changes), 1)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_pixels_of_more_than_eight_bits_are_refused_not_clipped(tmp_path: Path, dtype: type) -> None:
+    from medseg_gym.images import read_image
+
+    save(tmp_path / "deep.png", np.arange(0, 2000, 100, dtype=dtype).reshape(4, 5))
+    with pytest.raises(BadDataError, match="more than 8 bits"):
+        read_image(tmp_path / "deep.png")
 
 
 def test_a_label_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ class ToolCard:
     factory: str  # "module:callable" whose keywords are the tool's options; empty while there is no runtime yet
     weights: bool  # whether it needs weights on this machine
     summary: str
+    licence: str = ""  # of the weights, where they come with the package
 
 
 _SAM2 = "medseg_gym.tools.sam2"
@@ -29,7 +30,14 @@ _CARDS = (
     ToolCard("SAMH", "SAM ViT-H", "", True, "Segment Anything with the ViT-H encoder, 1024x1024"),
     ToolCard("MedSAM", "MedSAM", "", True, "SAM ViT-B tuned on medical images; takes boxes"),
     ToolCard("IMISNet", "IMIS-Net", "", True, "SAM ViT-B tuned for interactive medical segmentation, 1024x1024"),
-    ToolCard("Nano", "Nano", "", True, "the embedded default: a promptable model small enough for the wheel"),
+    ToolCard(
+        "Nano",
+        "Nano",
+        "medseg_gym.tools.nano:Nano",
+        False,  # they come with the package
+        "the embedded default: a promptable model small enough for the wheel",
+        licence="weights for non-commercial research only (tools/nano_weights/NANO.md); code Apache-2.0",
+    ),
     ToolCard("GrabCut", "GrabCut", "medseg_gym.tools.grabcut:GrabCut", False, "classical graph cuts; no weights"),
     ToolCard("Stub", "Stub", "medseg_gym.tools.stub:Stub", False, "discs and rectangles, checkable by hand; for tests"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import lzma
 import math
 import re
 import zipfile
@@ -118,6 +119,15 @@ def read(item: Item) -> Iterator[RawCase | Skipped]:
 
 def read_label(path: Path, rows: int) -> np.ndarray:
     """(rows, H, W) bool of a SciPy CSR `.npz` whose file name ends in `(rows, H, W, 1).npz`; nothing is unpickled."""
+    try:
+        return _read_label(path, rows)
+    except BadDataError:
+        raise
+    except (ValueError, TypeError, OverflowError, lzma.LZMAError) as error:  # what hostile headers can still provoke
+        raise BadDataError(f"{path}: not a readable label ({error})") from None
+
+
+def _read_label(path: Path, rows: int) -> np.ndarray:
     found = _SHAPE.search(path.name)
     if found is None:
         raise BadDataError(f"{path}: the file name gives no shape; wanted NAME.(rows, height, width, 1).npz")
