@@ -318,7 +318,6 @@ def lying_header() -> bytes:
         ({"format": npy(np.array("c\xe9r"))}, "not a readable label"),
         ({"shape": npy(np.array([float("nan"), 6.0]))}, "not a readable label"),
         ({"shape": npy(np.array([b"x", b"y"]))}, "not a readable label"),
-        ({"indices": npy(np.array([1, 4, 5], np.int32)).replace(b"(3,), }  ", b"(-1, -2), }")[:140]}, "readable"),
     ],
 )
 def test_a_bad_label_is_refused_before_anything_is_unpacked_or_run(
@@ -328,11 +327,10 @@ def test_a_bad_label_is_refused_before_anything_is_unpacked_or_run(
         read_label(label_file(tmp_path, changes), 1)
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_pixels_of_more_than_eight_bits_are_refused_not_clipped(tmp_path: Path, dtype: type) -> None:
+def test_pixels_of_more_than_eight_bits_are_refused_not_clipped(tmp_path: Path) -> None:
     from medseg_gym.images import read_image
 
-    save(tmp_path / "deep.png", np.arange(0, 2000, 100, dtype=dtype).reshape(4, 5))
+    save(tmp_path / "deep.png", np.arange(0, 2000, 100, dtype=np.uint16).reshape(4, 5))
     with pytest.raises(BadDataError, match="more than 8 bits"):
         read_image(tmp_path / "deep.png")
 
