@@ -19,11 +19,11 @@ help:
 $(VENV)/.core: $(PINNED)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -c constraints.txt torch==2.13.0 -e .
-	touch $@
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP_INSTALL) -c constraints.txt torch==2.13.0 -e '.[dev,sb3,rllib]'
-	touch $@
+	@touch $@
 
 # The newest Gymnasium needs neither torch nor ray for the envs, so this environment stays small.
 $(VENV)-newest/.ready: $(PINNED)
@@ -32,13 +32,13 @@ $(VENV)-newest/.ready: $(PINNED)
 		'gymnasium>=1.3,<2' numpy scipy opencv-python-headless pillow h5py pycocotools jinja2 rich typer matplotlib \
 		pytest pytest-timeout hypothesis
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
-	touch $@
+	@touch $@
 
 demo: $(VENV)/.core
 	$(BIN)/medseg-gym evaluate --env MedSeg-Phantom-GrabCut-v0 \
 		--policy Random --policy CentreClick --policy BoxOnce --policy OracleBoxThenClicks --policy OracleClicks \
 		--cases 48 --restart --out $(DEMO)
-	@echo "open $(DEMO)/report.html"
+	@echo "Now open $(DEMO)/report.html in a browser. To go on by hand: . $(BIN)/activate"
 
 test: $(VENV)/.dev test-newest
 	$(BIN)/python -m pytest

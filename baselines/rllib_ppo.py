@@ -1,4 +1,7 @@
-"""PPO of RLlib (new API stack) on the native vector env: `pip install 'medseg-gym[rllib]'`, then run this file."""
+"""PPO of RLlib (new API stack) on the native vector env: `python baselines/rllib_ppo.py`.
+
+Needs the extra: `pip install -c constraints.txt '.[rllib]'` in a checkout. Starting Ray takes a minute or so.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ def main() -> None:
     parser.add_argument("--structure", default="liver")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--runners", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=2048, help="env-steps an iteration; 256 for a first look")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -29,7 +33,7 @@ def main() -> None:
         .env_runners(
             num_env_runners=args.runners, num_envs_per_env_runner=16, gym_env_vectorize_mode="vector_entry_point"
         )
-        .training(train_batch_size_per_learner=2048, minibatch_size=256, num_epochs=4)
+        .training(train_batch_size_per_learner=args.batch, minibatch_size=min(256, args.batch), num_epochs=4)
         .debugging(seed=args.seed)
     )
     algorithm = config.build_algo()

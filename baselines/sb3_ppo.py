@@ -1,4 +1,7 @@
-"""PPO of Stable-Baselines3 on pixels: `pip install 'medseg-gym[sb3]'`, then `python baselines/sb3_ppo.py`."""
+"""PPO of Stable-Baselines3 on pixels: `python baselines/sb3_ppo.py`.
+
+Needs the extra: `pip install -c constraints.txt '.[sb3]'` in a checkout.
+"""
 
 from __future__ import annotations
 

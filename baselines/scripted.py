@@ -9,6 +9,7 @@ import numpy as np
 
 import medseg_gym  # noqa: F401 - registers the ids
 from medseg_gym import policies
+from medseg_gym.errors import MedSegError
 
 
 def main() -> None:
@@ -19,8 +20,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    env = gym.make(args.env, split="test", observation="dict")
-    policy = policies.make(args.policy, env)
+    try:
+        env = gym.make(args.env, split="test", observation="dict")
+        policy = policies.make(args.policy, env)
+    except MedSegError as error:
+        raise SystemExit(f"error: {error}") from None
     rng = np.random.default_rng(args.seed)
     env.reset(seed=args.seed)
     for episode in range(args.episodes):

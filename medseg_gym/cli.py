@@ -1,4 +1,4 @@
-"""The command line: medseg-gym envs | evaluate | report | data ..."""
+"""The command line: medseg-gym envs | evaluate | report | data ... | tools ..."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from medseg_gym import __version__
 from medseg_gym.cli_data import app as data_app
 from medseg_gym.cli_terminal import clean_errors, console, progress_bars
+from medseg_gym.cli_tools import app as tools_app
 from medseg_gym.errors import MedSegError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data", help="Prepare, list and check datasets.")
+app.add_typer(tools_app, name="tools", help="List segmentation tools and what they need.")
 
 
 @app.callback(invoke_without_command=True)
@@ -101,6 +103,9 @@ def evaluate(
         )
     print_summary(result.summary)
     print(f"report: {result.report}")
+    if any(row["ended"]["failed"] == row["episodes"] for row in result.summary["rows"]):
+        console(stderr=True).print("error: a policy failed in every case, see the notes above", style="red")
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -58,5 +58,5 @@ def clean_errors() -> Iterator[None]:
         console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        console(stderr=True).print("interrupted; the same command goes on, or begins again, from what is there")
+        console(stderr=True).print("interrupted; give the same command again to go on")
         raise typer.Exit(130) from None

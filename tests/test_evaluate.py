@@ -122,7 +122,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
 
 def test_other_settings_in_the_same_folder_are_refused_and_restart_begins_anew(tmp_path: Path) -> None:
     run(tmp_path)
-    with pytest.raises(MedSegError, match="another run .*seed.*--restart"):
+    with pytest.raises(MedSegError, match="another run.*seed.*--restart"):
         run(tmp_path, seed=1)
     run(tmp_path, seed=1, restart=True)
     assert json.loads((tmp_path / "run.json").read_text())["seed"] == 1
@@ -132,17 +132,17 @@ def test_rewards_of_one_name_and_other_weights_are_other_settings(tmp_path: Path
     from medseg_gym.rewards import RewardSpec
 
     run(tmp_path, reward=RewardSpec({"quality": 1.0}))
-    with pytest.raises(MedSegError, match="another run .*rewards"):
+    with pytest.raises(MedSegError, match="another run.*rewards"):
         run(tmp_path, reward=RewardSpec({"quality": 5.0}))
 
 
 def test_a_dataset_whose_cases_changed_is_another_setting(tmp_path: Path, blobs: Any) -> None:
     options: dict[str, Any] = {"tool": "Stub", "cases": 3, "size": 32, "report": False}
     evaluate("MedSeg-v0", "BoxOnce", dataset=blobs, out=tmp_path, **options)
-    with pytest.raises(MedSegError, match="another run .*datasets"):
+    with pytest.raises(MedSegError, match="another run.*datasets"):
         evaluate("MedSeg-v0", "BoxOnce", dataset=type(blobs)(absent=True), out=tmp_path, **options)
     run(tmp_path / "phantom")
-    with pytest.raises(MedSegError, match="another run .*datasets"):
+    with pytest.raises(MedSegError, match="another run.*datasets"):
         run(tmp_path / "phantom", dataset_options={"size": 64, "difficulty": 0.1})
 
 

@@ -497,3 +497,10 @@ def test_an_answer_is_refused_outside_the_cue_task() -> None:
         phantom.cue_answer(phantom.keys("test")[0])
     with pytest.raises(KeyError):
         Phantom(task="cue").cue_answer("Phantom/test/000000-ct/liver")
+
+
+@pytest.mark.parametrize("key", ["Phantom/test/001797-polyp/polyp", "Phantom/test/002391-polyp/polyp"])
+def test_rare_noise_leaves_no_hole_in_a_polyp_image(key: str) -> None:
+    """These two once had a black bite taken out of them, from the logarithm of a negative distance."""
+    with np.errstate(invalid="raise", divide="raise"):
+        Phantom()[key]

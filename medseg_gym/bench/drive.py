@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -127,7 +129,7 @@ def _turn(env: SegmentVectorEnv, policy: Policy, slots: Sequence[int], running: 
     actions: list[Action | Unreadable] = []
     for slot, decision in zip(slots, decisions, strict=True):
         if isinstance(decision, Exception):
-            running[slot].error = f"policy: {type(decision).__name__}: {decision}"
+            running[slot].error = f"policy: {type(decision).__name__}: {decision}{_place(decision)}"
             continue
         running[slot].texts.append(decision.text)
         sent.append(slot)
@@ -151,6 +153,12 @@ def _act_alone(policy: Policy, view: View, rng: np.random.Generator) -> Decision
         return _act(policy, [view], [rng])[0]
     except Exception as error:
         return error
+
+
+def _place(error: Exception) -> str:
+    """Where an exception was raised, as " (file.py:12)": enough to find it, and the same on every machine."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 def _readable(env: SegmentVectorEnv, slot: int, decision: Decision) -> Action | Unreadable:

@@ -24,7 +24,7 @@ from medseg_gym.errors import MedSegError, unknown
 from medseg_gym.policies.base import Policy
 from medseg_gym.registration import ANY
 from medseg_gym.rewards import describe
-from medseg_gym.types import Episode
+from medseg_gym.types import Episode, Unreadable
 
 Progress = Callable[[str, int, int], None]  # (label, cases done, cases)
 
@@ -201,6 +201,9 @@ def _summary(
         failed = [e for e in episodes if e.ended == "failed"]
         if failed:
             notes.append(f"{pair.env_id}, {pair.label}: {len(failed)} episodes failed; the first: {failed[0].error}")
+        unread = [t.action.reason for e in episodes for t in e.turns if isinstance(t.action, Unreadable)]
+        if unread:
+            notes.append(f"{pair.env_id}, {pair.label}: {len(unread)} turns were unreadable; the first: {unread[0]}")
     return {
         "schema": SUMMARY_SCHEMA,
         "split": split,

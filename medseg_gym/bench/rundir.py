@@ -77,7 +77,7 @@ class RunDir:
         if found != wanted:
             differs = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
             raise MedSegError(
-                f"{self.path} holds another run (it differs in {', '.join(differs)}); "
+                f"{self.path} holds another run, with other {', '.join(differs)} than asked for now; "
                 "choose another --out, or start this one over with --restart"
             )
 

@@ -120,6 +120,8 @@ def _load(path: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UnknownNameError(f"policy {path!r}: {error}; wanted an importable package.module:Class") from error
+    except Exception as error:  # whatever the module does when it is imported
+        raise MedSegError(f"policy {path!r}: importing {module} raised {type(error).__name__}: {error}") from error
 
 
 def _arguments(name: str, build: Callable[..., Any], env: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
-from medseg_gym.errors import unknown
+from medseg_gym.errors import BadDataError, unknown
 from medseg_gym.types import (
     Box,
     Click,
@@ -150,13 +150,18 @@ def advance(
         for embedding, in_force, state in zip(embeddings, prompts, states, strict=True)
     ]
     predictions = tool.predict(queries)
+    if len(predictions) != len(queries):
+        raise BadDataError(f"{tool.name} gave {len(predictions)} predictions for {len(queries)} queries")
     return [
-        MaskState(prompts=in_force, mask=_mask(prediction), prediction=prediction)
-        for in_force, prediction in zip(prompts, predictions, strict=True)
+        MaskState(prompts=in_force, mask=_mask(tool, prediction, state), prediction=prediction)
+        for in_force, prediction, state in zip(prompts, predictions, states, strict=True)
     ]
 
 
-def _mask(prediction: Prediction) -> Mask:
+def _mask(tool: SegmentationTool, prediction: Prediction, before: MaskState) -> Mask:
+    if not isinstance(prediction, Prediction) or prediction.logits.shape != before.mask.shape:
+        came = getattr(getattr(prediction, "logits", prediction), "shape", type(prediction).__name__)
+        raise BadDataError(f"{tool.name} gave {came}; wanted a Prediction with logits of {before.mask.shape}")
     mask = prediction.logits > 0
     mask.flags.writeable = False
     return mask

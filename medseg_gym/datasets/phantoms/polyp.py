@@ -63,7 +63,8 @@ def _folds(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, lumen: np.nda
     size = x.shape[0]
     stretch = rng.uniform(0.75, 1.3)
     dx, dy = (x - np.float32(lumen[0])) * np.float32(stretch), y - np.float32(lumen[1])
-    far = distance(dx, dy) * (1 + 0.17 * noise(rng, size, 3)) + np.float32(1e-3)
+    # noise has no bounds: once in a thousand images it would make the distance negative
+    far = distance(dx, dy) * np.maximum(1 + 0.17 * noise(rng, size, 3), np.float32(0.2)) + np.float32(1e-3)
     phase = np.log(far + np.float32(0.10)) * np.float32(rng.uniform(1.5, 2.2)) + noise(rng, size, 3) * np.float32(0.10)
     phase = phase + np.float32(rng.uniform(0, 1))
     saw = phase - np.floor(phase)
