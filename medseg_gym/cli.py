@@ -43,13 +43,14 @@ def envs(
     from rich.table import Table
 
     from medseg_gym import datasets, tools
-    from medseg_gym.registration import catalogue
+    from medseg_gym.registration import added, catalogue
 
-    with_data = {name: datasets.available(name) for name in dict.fromkeys(d for _, d, _ in catalogue())}
-    with_weights = {name: tools.available(name) for name in dict.fromkeys(t for _, _, t in catalogue())}
+    pairs = [*catalogue(), *added()]
+    with_data = {name: datasets.available(name) for name in dict.fromkeys(d for _, d, _ in pairs)}
+    with_weights = {name: tools.available(name) for name in dict.fromkeys(t for _, _, t in pairs)}
     table = Table("env id", "dataset", "tool", "data", "weights", box=None, header_style="bold")
     shown = 0
-    for env_id, dataset, tool in catalogue():
+    for env_id, dataset, tool in pairs:
         there = with_data[dataset] and with_weights[tool]
         if text.casefold() not in env_id.casefold() or (ready and not there):
             continue

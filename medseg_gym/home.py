@@ -23,6 +23,15 @@ def dataset_path(name: str) -> Path:
     return home() / "datasets" / f"{name}.h5"
 
 
+def prepared() -> tuple[str, ...]:
+    """The names of the stores in the data home, sorted; a look at file names, nothing is opened."""
+    try:
+        names = os.listdir(home() / "datasets")
+    except OSError:  # not there, or not ours to read
+        return ()
+    return tuple(sorted(name[: -len(".h5")] for name in names if name.endswith(".h5") and not name.startswith(".")))
+
+
 def weights_path(tool: str) -> Path:
     """The folder (config.json, model.safetensors) of a tool's weights."""
     return home() / "weights" / tool

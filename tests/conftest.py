@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -69,9 +70,12 @@ def blobs() -> Blobs:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A data home of the test's own."""
+    """A data home of the test's own; ids that what is prepared there registers go with it."""
     monkeypatch.setenv("MEDSEG_GYM_HOME", str(tmp_path / "home"))
+    before = set(gym.registry)
     yield tmp_path / "home"
+    for name in set(gym.registry) - before:
+        del gym.registry[name]
 
 
 def samples_folder() -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +12,17 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import test_import_dicom as series
+import test_import_nifti as volumes
+import test_import_pictures as pictures
 import test_importers as folders
 from gymnasium.utils.env_checker import check_env
+from test_import_npz import npz
 
-from medseg_gym.datasets.importers import LAYOUTS
+from medseg_gym.datasets.cards import DatasetCard
+from medseg_gym.datasets.importers import LAYOUTS, importer
 from medseg_gym.datasets.prepare import prepare
+from medseg_gym.errors import MedSegError, UnknownNameError
 
 
 def biomedparse(root: Path) -> None:
@@ -22,18 +30,73 @@ def biomedparse(root: Path) -> None:
         folders.listing(root, folders.biomedparse(root, split), split)
 
 
-MAKERS: dict[str, Callable[[Path], Any]] = {"biomedparse": biomedparse, "imis-bench": folders.imis}
+def png_pairs(root: Path) -> None:
+    pictures.folder(root, image="images/{}.png", mask="masks/{}__polyp.png")
+
+
+def dicom(root: Path) -> None:
+    series.series(root)
+    series.seg(
+        root / "seg.dcm", [(1, -6.0, series.block(1, 1)), (2, 2.0, series.block(3, 2))], {1: "Liver", 2: "Spleen"}
+    )
+
+
+LABELS = {"structure": "1=liver,2=tumor"}
+MAKERS: dict[str, tuple[Callable[[Path], Any], dict[str, str]]] = {
+    "biomedparse": (biomedparse, {}),
+    "imis-bench": (folders.imis, {}),
+    "nifti-msd": (volumes.msd, {}),
+    "nifti-pairs": (volumes.pairs, LABELS),
+    "dicom": (dicom, {}),
+    "npz": (lambda root: npz(root / "a.npz"), LABELS),
+    "png-pairs": (png_pairs, {}),
+    "pool": (pictures.pool, {}),
+    "coco": (lambda root: pictures.coco(root, where="all.json"), {}),
+    "colour-masks": (pictures.folder, {"structure": "white=polyp"}),
+}
 
 
 def test_every_layout_is_here() -> None:
     assert MAKERS.keys() == LAYOUTS.keys()
 
 
+@pytest.mark.parametrize("layout", sorted(MAKERS))
+def test_items_travel_to_worker_processes_and_options_are_told(layout: str, tmp_path: Path) -> None:
+    make, options = MAKERS[layout]
+    make(tmp_path)
+    module = importer(layout)
+    items, _ = module.plan(tmp_path, DatasetCard("Mine", "Mine", "", ""), options)
+    assert len(items) > 0 and pickle.loads(pickle.dumps(items)) == items
+    assert all(len(pickle.dumps(item)) < 2000 for item in items)
+    assert (
+        all(isinstance(told, str) and told for told in module.OPTIONS.values())
+        and options.keys() <= module.OPTIONS.keys()
+    )
+    with pytest.raises(UnknownNameError, match="unknown option"):
+        module.plan(tmp_path, DatasetCard("Mine", "Mine", "", ""), {**options, "nonsense": "1"})
+
+
+@pytest.mark.parametrize(
+    ("layout", "package"), [("nifti-msd", "nibabel"), ("nifti-pairs", "nibabel"), ("dicom", "pydicom")]
+)
+def test_a_missing_package_is_named_with_its_extra(
+    layout: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MedSegError, match=rf"needs {package}: pip install 'medseg-gym\[medical\]'"):
+        importer(layout).plan(tmp_path, DatasetCard("Mine", "Mine", "", ""), {})
+
+
 @pytest.fixture(params=sorted(MAKERS))
 def store(request: pytest.FixtureRequest, tmp_path: Path, home: Path) -> str:
     """A store prepared from a small folder in the layout."""
-    MAKERS[request.param](tmp_path / "source")
-    return str(prepare("Mine", tmp_path / "source", layout=request.param).path)
+    make, options = MAKERS[request.param]
+    make(tmp_path / "source")
+    # One patient may be all there is: the hash must not send it to the test split
+    splits = None if request.param == "biomedparse" else {"test": ["nobody"]}
+    report = prepare("Mine", tmp_path / "source", layout=request.param, options=options, splits=splits)
+    assert request.param == "biomedparse" or report.skipped == ()  # there the test images are the train patients'
+    return str(report.path)
 
 
 def make(store: str, **options: Any) -> gym.Env[Any, Any]:

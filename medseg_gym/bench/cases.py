@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medseg_gym.datasets.base import Dataset
+from medseg_gym.datasets.base import Dataset, WithStartMasks
 from medseg_gym.errors import BadDataError, MedSegError
 from medseg_gym.images import image_hash
 
@@ -50,4 +50,6 @@ def content_of(dataset: Dataset, keys: Sequence[str]) -> str:
         digest.update(image_hash(sample.image).encode())
         digest.update(np.packbits(sample.target).tobytes())
         digest.update(f"{key}\0{sample.structure}\0{sample.instruction}\0{sample.patient}\0".encode())
+        start = dataset.start_mask(key) if isinstance(dataset, WithStartMasks) else None
+        digest.update(b"" if start is None else np.packbits(start).tobytes())
     return digest.hexdigest()

@@ -4,25 +4,51 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from medseg_gym import plugins
 from medseg_gym.datasets.base import Dataset
 from medseg_gym.datasets.cards import DATASETS
 from medseg_gym.errors import BadDataError, check_keywords, unknown
-from medseg_gym.home import dataset_path, home
+from medseg_gym.home import dataset_path, prepared
 
+__all__ = ["available", "load", "prepared"]
+
+_EVERY = ("kinds", "wording", "case_seed")  # what every dataset takes
 _loaded: dict[Any, Dataset] = {}
 
 
-def load(dataset: str | os.PathLike[str] | Dataset, **options: Any) -> Dataset:
+def load(
+    dataset: str | os.PathLike[str] | Dataset,
+    *,
+    kinds: Sequence[str] = (),
+    wording: Sequence[str] = (),
+    case_seed: int = 0,
+    **options: Any,
+) -> Dataset:
     """The dataset of a name, a path of an `.h5` file, or the given object itself; one object a process and name.
 
-    A store that was prepared again since the last call is opened anew.
+    `kinds` are the kinds of cases it is to have (kinds.py), `wording` the families of instructions (instructions.py),
+    both drawn by `case_seed`; without them a case is as it was prepared. A store that was prepared again since the last
+    call is opened anew.
     """
+    data = _load(dataset, options)
+    if kinds:
+        from medseg_gym.datasets.kinds import Kinds
+
+        data = Kinds(data, kinds, seed=case_seed)
+    if wording:
+        from medseg_gym.datasets.instructions import Worded
+
+        data = Worded(data, wording, seed=case_seed)
+    return data
+
+
+def _load(dataset: str | os.PathLike[str] | Dataset, options: dict[str, Any]) -> Dataset:
     if not isinstance(dataset, str | os.PathLike):
-        check_keywords("dataset", options, ())
+        check_keywords("dataset", options, _EVERY)
         if not isinstance(dataset, Dataset):
             raise BadDataError(f"dataset={dataset!r}; wanted a name, the path of an .h5 file, or a Dataset")
         return dataset
@@ -30,15 +56,17 @@ def load(dataset: str | os.PathLike[str] | Dataset, **options: Any) -> Dataset:
     if name == "Phantom":
         from medseg_gym.datasets.phantom import Phantom
 
-        check_keywords("Phantom", options, inspect.signature(Phantom).parameters)
+        check_keywords("Phantom", options, [*inspect.signature(Phantom).parameters, *_EVERY])
         return _once(("Phantom", repr(sorted(options.items()))), lambda: Phantom(**options))
-    check_keywords("dataset", options, ())
+    if name not in DATASETS and name in plugins.names(plugins.DATASETS):
+        return _once((name, repr(sorted(options.items()))), lambda: _from_plugin(name, options))
+    check_keywords("dataset", options, _EVERY)
     if name.endswith(".h5"):
         path, wanted = Path(name), None
     elif name in DATASETS or name in prepared():
         path, wanted = dataset_path(name), name
     else:
-        raise unknown("dataset", name, [*DATASETS, *prepared()])
+        raise unknown("dataset", name, [*DATASETS, *plugins.names(plugins.DATASETS), *prepared()])
 
     from medseg_gym.datasets.store import Store
 
@@ -57,13 +85,16 @@ def available(name: str) -> bool:
         return True
     if name.endswith(".h5"):
         return Path(name).is_file()
-    return dataset_path(name).is_file() if name in DATASETS else name in prepared()
+    if name in DATASETS:
+        return dataset_path(name).is_file()
+    return name in plugins.names(plugins.DATASETS) or name in prepared()
 
 
-def prepared() -> tuple[str, ...]:
-    """The names of the stores in the data home, sorted."""
-    folder = home() / "datasets"
-    return tuple(sorted(path.stem for path in folder.glob("*.h5") if not path.name.startswith(".")))
+def _from_plugin(name: str, options: dict[str, Any]) -> Dataset:
+    data = plugins.factory(plugins.DATASETS, name)(**options)
+    if not isinstance(data, Dataset):
+        raise BadDataError(f"{name} gave {data!r}; wanted a Dataset: name, structures, keys(split), [key]")
+    return data
 
 
 def _once(key: Any, make: Callable[[], Dataset]) -> Dataset:

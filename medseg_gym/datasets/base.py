@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from medseg_gym.errors import BadDataError, unknown
-from medseg_gym.types import Sample
+from medseg_gym.types import Mask, Sample
 
 SPLITS = ("train", "val", "test")
 
@@ -29,6 +29,15 @@ class Dataset(Protocol):
 
     def __getitem__(self, key: str) -> Sample:
         """The case of a key. Its arrays are read-only. An unknown key raises KeyError."""
+        ...
+
+
+@runtime_checkable
+class WithStartMasks(Protocol):
+    """A dataset whose cases may begin with a mask; see kinds.py."""
+
+    def start_mask(self, key: str) -> Mask | None:
+        """The (H, W) mask an episode of this case begins with; None for the empty one. The same at every call."""
         ...
 
 

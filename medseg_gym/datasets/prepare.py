@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from medseg_gym.datasets.cards import DATASETS, DatasetCard, instruction
-from medseg_gym.datasets.importers import LAYOUTS, RawCase, Skipped, importer
+from medseg_gym import home as homes
+from medseg_gym.datasets.blocks import WorkerDiedError, results
+from medseg_gym.datasets.cards import DATASETS, DatasetCard, Structure, instruction
+from medseg_gym.datasets.importers import LAYOUTS, Skipped, importer
+from medseg_gym.datasets.spool import Ready, Spool, identity
 from medseg_gym.datasets.store import SplitCount, Store
 from medseg_gym.datasets.store_writer import StoreWriter, remove_stale
 from medseg_gym.errors import BadDataError, DataMissingError, MedSegError, UnknownNameError, unknown
-from medseg_gym.home import dataset_path
 
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.]{0,63}")
@@ -32,8 +32,15 @@ class PrepareReport:
     skipped: tuple[Skipped, ...]
     splits: dict[str, SplitCount]
     structures: dict[str, dict[str, int]]  # structure -> split -> cases
+    areas: dict[str, float]  # structure -> median area of its masks in pixels
     checksum: str
     unchanged: bool  # the same content was there before; the file was left alone
+    resumed: int  # items of the plan whose import an earlier, interrupted run had done
+
+    @property
+    def damaged(self) -> int:
+        """How many of the skipped are files with something wrong with them."""
+        return sum(entry.damaged for entry in self.skipped)
 
 
 def prepare(
@@ -41,62 +48,61 @@ def prepare(
     source: str | os.PathLike[str],
     *,
     layout: str | None = None,
+    options: Mapping[str, str] | None = None,
     patient: str | None = None,
+    splits: Mapping[str, Sequence[str]] | None = None,
+    modality: str | None = None,
+    region: str | None = None,
     home: str | os.PathLike[str] | None = None,
     force: bool = False,
     seed: int = 0,
+    jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> PrepareReport:
     """Imports a folder into the store of a catalogue's dataset, or of one's own where `layout` is given.
 
-    `patient` is a regular expression over an image's file stem with a group `patient` and perhaps `slice`; it replaces
-    the card's. Patients go where the card says, else where the source says, else by a hash of their id and `seed`.
-    A store of other content is replaced only with `force`; one of the same content is left as it is.
+    `options` are the layout's own. `patient` is a regular expression over an image's file stem with a group `patient`
+    and perhaps `slice`; `splits` gives the patients of val and test (all others train); `modality` and `region` word
+    the instructions; each replaces what the card says. Patients go where the card says, else where the source says,
+    else by a hash of their id and `seed`. A store of other content is replaced only with `force`; one of the same
+    content is left as it is. `jobs` processes import; the result has the same bytes for any number, and a run that was
+    killed goes on from what it had done. (With `jobs` above 1 a script needs `if __name__ == "__main__":`.)
     """
-    card = _card(name, layout, patient)
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or not 1 <= jobs <= 1024:
+        raise MedSegError(f"jobs={jobs!r}; wanted a whole number from 1 to 1024")
+    card = _card(name, layout, patient, splits, modality, region)
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise DataMissingError(f"{folder}: no such folder; give the one that holds the files of {name}")
-    path = dataset_path(name) if home is None else Path(home) / "datasets" / f"{name}.h5"
+    path = homes.dataset_path(name) if home is None else Path(home) / "datasets" / f"{name}.h5"
+    options = dict(options or {})
     reader = importer(card.layout)
-    items, early = reader.plan(folder, card)
-    skipped = list(early)
+    items, early = reader.plan(folder, card, options)
     existing = _existing(path, name, force)
     remove_stale(path)
-    order = [structure.name for structure in card.structures]
-    with StoreWriter(path, name, structures=order, layout=card.layout) as writer:
-        sides: dict[str, str] = {}
-        written = 0
-        for done, item in enumerate(items, 1):
-            for found in reader.read(item):
-                if isinstance(found, Skipped):
-                    skipped.append(found)
-                else:
-                    written += _write(writer, card, found, sides, seed, skipped)
-            if progress is not None:
-                progress(done, len(items))
-        if written == 0:
-            raise BadDataError(f"{folder}: no usable case in it, nothing was written. {_reasons(skipped)}")
-        checksum = writer.finish()
-        unchanged = existing == checksum
-        if unchanged:
-            writer.discard()
-        elif existing is not None:
-            raise _occupied(path, "a store of other content")
-    store = Store(path, name)
-    splits = store.splits()
-    report = PrepareReport(
-        path,
-        sum(count.images for count in splits.values()),
-        sum(count.cases for count in splits.values()),
-        tuple(skipped),
-        splits,
-        store.structure_counts(),
-        checksum,
-        unchanged,
-    )
-    store.close()
-    return report
+    spool = Spool(path, identity(folder, items, _settings(card, options)))
+    skipped, resumed = list(early), [0]
+    try:
+        order = [structure.name for structure in card.structures]
+        with StoreWriter(path, name, structures=order, layout=card.layout) as writer:
+            _fill(writer, card, results(card.layout, items, spool, jobs, resumed), seed, skipped, len(items), progress)
+            if writer.empty:
+                raise BadDataError(f"{folder}: no usable case in it, nothing was written. {_reasons(skipped)}")
+            checksum = writer.finish()
+            unchanged = existing == checksum
+            if unchanged:
+                writer.discard()
+            elif existing is not None:
+                raise _occupied(path, "a store of other content")
+    except WorkerDiedError:
+        raise
+    except MedSegError:
+        spool.remove()  # running again would only come here again
+        raise
+    spool.remove()
+    if home is None:
+        _register()
+    return _report(path, name, tuple(skipped), checksum, unchanged, sum(resumed))
 
 
 def check_name(name: str) -> None:
@@ -122,7 +128,28 @@ def split_of(card: DatasetCard, patient: str, given: str | None, seed: int) -> s
     return "test"
 
 
-def _card(name: str, layout: str | None, patient: str | None) -> DatasetCard:
+def check_splits(splits: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The patients of val and test; a patient on two sides is refused."""
+    sides: dict[str, str] = {}
+    for split, patients in splits.items():
+        if split not in SHARES:
+            raise unknown("split", split, SHARES)
+        if isinstance(patients, str) or not all(isinstance(patient, str) for patient in patients):
+            raise MedSegError(f"splits: {split} is {patients!r}; wanted a list of patients, each a text")
+        for patient in patients:
+            if sides.setdefault(patient, split) != split:
+                raise MedSegError(f"patient {patient!r} is in {sides[patient]} and in {split}; a patient has one side")
+    return {split: tuple(patients) for split, patients in splits.items() if split != "train"}
+
+
+def _card(
+    name: str,
+    layout: str | None,
+    patient: str | None,
+    splits: Mapping[str, Sequence[str]] | None,
+    modality: str | None,
+    region: str | None,
+) -> DatasetCard:
     check_name(name)
     card = DATASETS.get(name)
     if card is None:
@@ -142,46 +169,93 @@ def _card(name: str, layout: str | None, patient: str | None) -> DatasetCard:
         if "patient" not in groups:
             raise MedSegError(f"patient pattern {patient!r} has no group (?P<patient>...)")
         card = replace(card, patient=patient)
-    return card
+    return replace(
+        card,
+        modality=card.modality if modality is None else modality,
+        region=card.region if region is None else region,
+        splits=check_splits(card.splits if splits is None else splits),
+    )
 
 
-def _write(
-    writer: StoreWriter, card: DatasetCard, raw: RawCase, sides: dict[str, str], seed: int, skipped: list[Skipped]
-) -> int:
-    """Writes the sound masks of a raw image; how many."""
-    size = raw.image.shape[:2]
-    masks = {}
-    for structure, mask in raw.masks.items():
-        if mask.shape != size:
-            (mh, mw), (h, w) = mask.shape, size
-            skipped.append(Skipped(raw.file, f"mask of {structure!r} is {mh}x{mw}, the image {h}x{w} (height x width)"))
-        elif not mask.any() and structure not in raw.absent:
-            skipped.append(Skipped(raw.file, f"mask of {structure!r} has no foreground"))
-        else:
-            masks[structure] = np.ascontiguousarray(mask, np.bool_)
-    if not masks:
-        return 0
-    split = split_of(card, raw.patient, raw.split, seed)
-    before = sides.setdefault(raw.patient, split)
+def _settings(card: DatasetCard, options: Mapping[str, str]) -> object:
+    """All that decides what importing gives, beside the files: splits and wording come later."""
+    from medseg_gym import __version__
+
+    structures: tuple[Structure, ...] = card.structures
+    words = (card.id, card.modality, card.region, card.layout, structures, card.patient)
+    return (__version__, words, sorted(options.items()))
+
+
+def _fill(
+    writer: StoreWriter,
+    card: DatasetCard,
+    found: Iterable[Ready | Skipped | None],
+    seed: int,
+    skipped: list[Skipped],
+    total: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Writes what importing gives; what cannot be written joins the skipped."""
+    done = 0
+    sides: dict[str, str] = {}
+    for result in found:
+        if result is None:  # the end of an item
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        elif isinstance(result, Skipped):
+            skipped.append(result)
+        elif problem := _write(writer, card, result, sides, seed):
+            skipped.append(Skipped(result.file, problem))
+
+
+def _write(writer: StoreWriter, card: DatasetCard, case: Ready, sides: dict[str, str], seed: int) -> str:
+    """Writes one image with its masks; why it was not, or ""."""
+    split = split_of(card, case.patient, case.split, seed)
+    before = sides.setdefault(case.patient, split)
     if before != split:
-        reason = f"patient {raw.patient!r} is in {before!r} already and here in {split!r}; a patient stays on one side"
-        skipped.append(Skipped(raw.file, reason))
-        return 0
-    phrases = {s: raw.instructions.get(s) or instruction(card, s) for s in masks}
+        return f"patient {case.patient!r} is in {before!r} already and here in {split!r}; a patient stays on one side"
     try:
         writer.add(
-            raw.image,
-            masks,
-            patient=raw.patient,
-            name=raw.name,
+            case.image,
+            case.masks,
+            patient=case.patient,
+            name=case.name,
             split=split,
-            instructions=phrases,
-            spacing_mm=raw.spacing_mm,
+            instructions={s: case.instructions.get(s) or instruction(card, s) for s in case.masks},
+            spacing_mm=case.spacing_mm,
         )
     except BadDataError as error:
-        skipped.append(Skipped(raw.file, str(error)))
-        return 0
-    return len(masks)
+        return str(error)
+    return ""
+
+
+def _report(
+    path: Path, name: str, skipped: tuple[Skipped, ...], checksum: str, unchanged: bool, resumed: int
+) -> PrepareReport:
+    store = Store(path, name)
+    splits = store.splits()
+    report = PrepareReport(
+        path,
+        sum(count.images for count in splits.values()),
+        sum(count.cases for count in splits.values()),
+        skipped,
+        splits,
+        store.structure_counts(),
+        store.structure_areas(),
+        checksum,
+        unchanged,
+        resumed,
+    )
+    store.close()
+    return report
+
+
+def _register() -> None:
+    """Gives a dataset of one's own its ids in this process too; others find it when they import medseg_gym."""
+    from medseg_gym.registration import register
+
+    register()
 
 
 def _existing(path: Path, name: str, force: bool) -> str | None:

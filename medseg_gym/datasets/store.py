@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,16 @@ class SplitCount:
     patients: int
     images: int
     cases: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredImage:
+    """An image of a store, apart from its cases."""
+
+    key: str  # the beginning of its cases' keys
+    patient: str
+    split: str
+    pixels: np.ndarray  # (H, W, 1) or (H, W, 3) uint8
 
 
 class Store:
@@ -107,6 +117,33 @@ class Store:
         np.add.at(table, (opened.cases["structure"], opened.case_split), 1)
         rows = (dict(zip(SPLITS, map(int, row), strict=True)) for row in table)
         return dict(zip(opened.structures, rows, strict=True))
+
+    def structure_areas(self) -> dict[str, float]:
+        """Median area of every structure's masks, in pixels, empty ones included."""
+        opened = self._open()
+        areas, numbers = opened.cases["area"], opened.cases["structure"]
+        return {s: float(np.median(areas[numbers == i])) for i, s in enumerate(opened.structures)}
+
+    def siblings(self, key: str) -> dict[str, str]:
+        """Structure -> key of every case of the same image, this one included."""
+        opened = self._open()
+        number = opened.numbers.get(key)
+        if number is None:
+            raise KeyError(f"no case {key!r} in {opened.name}; keys(split) lists those there are")
+        same = opened.cases_of(int(opened.cases["image"][number]))
+        return {opened.structures[opened.cases["structure"][i]]: opened.keys[i] for i in same}
+
+    @property
+    def image_count(self) -> int:
+        return len(self._open().images)
+
+    def images(self) -> Iterator[StoredImage]:
+        """Every image once, in the order of the keys."""
+        opened = self._open()
+        for number, row in enumerate(opened.images):
+            patient = opened.patients[row["patient"]]
+            split = SPLITS[opened.patient_split[row["patient"]]]
+            yield StoredImage(f"{opened.name}/{patient}/{row['name'].decode()}", patient, split, opened.stored(number))
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> tuple[str, ...]:
         """Reads every record and compares it with the checksums; what is wrong, or () for a sound file."""

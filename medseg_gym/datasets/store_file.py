@@ -51,6 +51,7 @@ class StoreFile:
         self._cache: dict[int, Image] = {}  # least recently used first
         self._keys: list[str] | None = None
         self._numbers: dict[str, int] | None = None
+        self._of_image: tuple[np.ndarray, np.ndarray] | None = None
         try:
             self._check_format(wanted)
             self._read_index()
@@ -221,11 +222,18 @@ class StoreFile:
         mask.flags.writeable = False
         return mask
 
+    def cases_of(self, image: int) -> list[int]:
+        """The numbers of an image's cases, in order."""
+        if self._of_image is None:
+            order = np.argsort(self.cases["image"], kind="stable")
+            bounds = np.searchsorted(self.cases["image"][order], np.arange(len(self.images) + 1))
+            self._of_image = order, bounds
+        order, bounds = self._of_image
+        return order[bounds[image] : bounds[image + 1]].tolist()
+
     def cases_by_image(self) -> Iterator[tuple[int, list[int]]]:
-        order = np.argsort(self.cases["image"], kind="stable")
-        bounds = np.searchsorted(self.cases["image"][order], np.arange(len(self.images) + 1))
         for image in range(len(self.images)):
-            yield image, order[bounds[image] : bounds[image + 1]].tolist()
+            yield image, self.cases_of(image)
 
     def check_image(self, image: int, cases: list[int]) -> tuple[bytes, list[str]]:
         """The digest of an image with its cases, recomputed, and what is wrong with them."""

@@ -95,7 +95,7 @@ class StoreWriter:
     ) -> None:
         """One image, (H, W), (H, W, 1) or (H, W, 3) uint8, with its masks; equal channels are stored once."""
         where = f"{self.name}/{patient}/{name}"
-        pixels = _stored_form(where, image)
+        pixels = stored_form(where, image)
         height, width, channels = pixels.shape
         check_split(split)
         _check_part(where, patient)
@@ -130,6 +130,11 @@ class StoreWriter:
             "digest": record_digest(patient, name, spacing, pixels, [case[:3] for case in cases]),
             "cases": [(s, text, r, area) for (s, text, _, area), r in zip(cases, rows, strict=True)],
         }
+
+    @property
+    def empty(self) -> bool:
+        """Whether no image has been added yet."""
+        return not self._images
 
     def _append(self, group: str, pixels: np.ndarray) -> int:
         assert self._file is not None
@@ -300,7 +305,7 @@ def _check_part(where: str, part: str) -> None:
         raise BadDataError(f"{where}: {part!r} cannot be in a key; wanted up to 200 printable characters without '/'")
 
 
-def _stored_form(where: str, image: np.ndarray) -> np.ndarray:
+def stored_form(where: str, image: np.ndarray) -> np.ndarray:
     """(H, W, 1) where all channels are equal, else (H, W, 3)."""
     if image.ndim == 2:
         image = image[..., None]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from medseg_gym import rewards
-from medseg_gym.datasets.base import Dataset, check_sample
+from medseg_gym.datasets.base import Dataset, WithStartMasks, check_sample
 from medseg_gym.envs.config import EnvConfig
 from medseg_gym.envs.spaces import ActionCodec, check_verbs, observation_space
 from medseg_gym.errors import BadDataError, MedSegError, UnknownNameError, check_keywords
@@ -98,6 +98,8 @@ class Engine:
         sample = self._sample(options.get("sample"), rng)
         stack = [empty_state(sample)]
         given = options.get("start_mask")
+        if given is None and isinstance(self.dataset, WithStartMasks):
+            given = self.dataset.start_mask(sample.key)
         if given is not None:
             stack.append(given_state(self.tool, _check_start_mask(given, sample)))
         target_area = int(np.count_nonzero(sample.target))

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from medseg_gym import plugins
 from medseg_gym.errors import MedSegError, UnknownNameError, check_keywords, unknown
 from medseg_gym.tools import weights
 from medseg_gym.tools.base import SegmentationTool
@@ -52,9 +53,12 @@ def unload() -> None:
 
 
 def _card(tool: str) -> ToolCard:
-    if tool not in TOOLS:
-        raise unknown("tool", tool, TOOLS)
-    return TOOLS[tool]
+    if tool in TOOLS:
+        return TOOLS[tool]
+    added = plugins.names(plugins.TOOLS)
+    if tool not in added:
+        raise unknown("tool", tool, [*TOOLS, *added])
+    return ToolCard(tool, tool, plugins.path(plugins.TOOLS, tool), False, "of another package")
 
 
 def _factory(tool: str, options: dict[str, Any]) -> Callable[..., SegmentationTool]:

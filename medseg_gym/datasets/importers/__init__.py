@@ -1,7 +1,8 @@
 """What every importer shares: the record of a raw image, the report of a skipped file, and the list of layouts.
 
-An importer is a module with two functions. `plan(source, card)` looks the folder over and returns the work, one `Item`
-an image or volume, without decoding anything; `read(item)` yields what is in one. Items are small and pickle.
+An importer is a module with two functions. `plan(source, card, options)` looks the folder over and returns the work,
+one `Item` an image or volume, without decoding anything; `read(item)` yields what is in one. Items are small and
+pickle. `OPTIONS` tells the options it takes, name -> help; their values are texts.
 """
 
 from __future__ import annotations
@@ -17,13 +18,21 @@ from typing import Any, Protocol
 import numpy as np
 
 from medseg_gym.datasets.cards import DatasetCard
-from medseg_gym.errors import BadDataError, unknown
+from medseg_gym.errors import BadDataError, MedSegError, UnknownNameError, unknown
 from medseg_gym.images import read_image
 from medseg_gym.types import Mask
 
 LAYOUTS = {
     "biomedparse": "BiomedParse: {split}/ images, {split}_mask/ masks, {split}.json",
     "imis-bench": "IMIS-Bench: dataset.json, image/ PNG, label/ sparse .npz",
+    "nifti-msd": "Medical Segmentation Decathlon and nnU-Net: dataset.json, imagesTr/, labelsTr/ volumes",
+    "nifti-pairs": "NIfTI volumes, image beside label by pattern",
+    "dicom": "DICOM series with segmentations: SEG or RTSTRUCT",
+    "npz": "MedSAM2's volumes: .npz files with imgs, gts, spacing",
+    "png-pairs": "PNG, JPEG, TIFF pairs by pattern; a mask file a structure",
+    "pool": "images/, masks/ and index.json that lists image, mask, target; one set or a folder of sets",
+    "coco": "COCO instance JSON: polygons and RLE",
+    "colour-masks": "pairs by pattern whose masks are colour-coded or hold label values",
 }
 MAX_JSON_BYTES = 512 * 2**20
 
@@ -49,12 +58,17 @@ class Skipped:
 
     file: str
     reason: str
+    damaged: bool = True  # False where nothing is wrong with the file, such as a mask that is empty by design
 
 
 class Importer(Protocol):
-    """The two functions of an importer module."""
+    """What an importer module offers."""
 
-    def plan(self, source: Path, card: DatasetCard) -> tuple[Sequence[Any], Sequence[Skipped]]: ...
+    OPTIONS: Mapping[str, str]
+
+    def plan(
+        self, source: Path, card: DatasetCard, options: Mapping[str, str]
+    ) -> tuple[Sequence[Any], Sequence[Skipped]]: ...
 
     def read(self, item: Any) -> Iterator[RawCase | Skipped]: ...
 
@@ -64,6 +78,17 @@ def importer(layout: str) -> Importer:
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     return importlib.import_module(f"{__name__}.{layout.replace('-', '_')}")  # type: ignore[return-value]
+
+
+def check_options(options: Mapping[str, str], known: Mapping[str, str], layout: str) -> None:
+    """Raises for an option that the layout does not take, and for a value that is no text."""
+    for name, value in options.items():
+        if name not in known:
+            if not known:
+                raise UnknownNameError(f"unknown option {name!r}; the layout {layout} takes none")
+            raise unknown(f"option of the layout {layout}:", name, known)
+        if not isinstance(value, str):
+            raise MedSegError(f"option {name}={value!r}; wanted a text")
 
 
 def inside(root: Path, relative: object) -> Path:

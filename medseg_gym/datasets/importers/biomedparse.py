@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medseg_gym.datasets.base import SPLITS
 from medseg_gym.datasets.cards import DatasetCard
-from medseg_gym.datasets.importers import RawCase, Skipped, identify, inside, read_foreground, read_json, reason
+from medseg_gym.datasets.importers import (
+    RawCase,
+    Skipped,
+    check_options,
+    identify,
+    inside,
+    read_foreground,
+    read_json,
+    reason,
+)
 from medseg_gym.errors import BadDataError
 from medseg_gym.images import read_image
 from medseg_gym.types import Mask
 
+OPTIONS: dict[str, str] = {}
 WANT = '{"annotations": [{"file_name", "mask_file", "sentences": [{"sent"}]}]}'
 
 
@@ -29,8 +39,9 @@ class Item:
     name: str
 
 
-def plan(source: Path, card: DatasetCard) -> tuple[list[Item], list[Skipped]]:
+def plan(source: Path, card: DatasetCard, options: Mapping[str, str]) -> tuple[list[Item], list[Skipped]]:
     """One item an image of every split that has a listing; entries that cannot be used are skipped one by one."""
+    check_options(options, OPTIONS, "biomedparse")
     listings = [split for split in SPLITS if (source / f"{split}.json").is_file()]
     if not listings:
         raise BadDataError(f"{source}: no train.json, val.json or test.json; wanted the BiomedParse layout")

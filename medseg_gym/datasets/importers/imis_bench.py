@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import lzma
-import math
 import re
-import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +12,16 @@ from typing import Any
 import numpy as np
 
 from medseg_gym.datasets.cards import DatasetCard, instruction
-from medseg_gym.datasets.importers import RawCase, Skipped, identify, inside, read_json, reason
+from medseg_gym.datasets.importers import RawCase, Skipped, check_options, identify, inside, read_json, reason
+from medseg_gym.datasets.importers.npz_file import read_arrays
 from medseg_gym.errors import BadDataError
 from medseg_gym.images import MAX_PIXELS, read_image
 from medseg_gym.types import Mask
 
+OPTIONS: dict[str, str] = {}
 WANT = '{"labels": {"1": NAME, ...}, "training": [{"image", "label"}], "test": [...]}'
 MAX_ROWS = 4096
+CSR = ("format", "shape", "indptr", "indices", "data")
 _SHAPE = re.compile(r"\((\d{1,9}), ?(\d{1,9}), ?(\d{1,9}), ?(\d{1,9})\)\.npz$")  # x.(rows, H, W, depth).npz
 
 
@@ -40,11 +39,12 @@ class Item:
     split: str | None
 
 
-def plan(source: Path, card: DatasetCard) -> tuple[list[Item], list[Skipped]]:
+def plan(source: Path, card: DatasetCard, options: Mapping[str, str]) -> tuple[list[Item], list[Skipped]]:
     """One item an entry of dataset.json's training and test lists; unusable entries are skipped one by one.
 
     A non-empty test list fixes the splits; without one they are left to the card or to the patient's hash.
     """
+    check_options(options, OPTIONS, "imis-bench")
     path = source / "dataset.json"
     record = read_json(path, WANT)
     structures = _structures(path, record.get("labels"))
@@ -110,7 +110,7 @@ def read(item: Item) -> Iterator[RawCase | Skipped]:
         return
     present = {s: mask for s, mask in zip(item.structures, masks, strict=True) if mask.any()}
     if not present:
-        yield Skipped(item.label, "no structure has foreground")
+        yield Skipped(item.label, "no structure has foreground", damaged=False)
         return
     phrases = dict(zip(item.structures, item.instructions, strict=True))
     instructions = {s: phrases[s] for s in present}
@@ -136,7 +136,7 @@ def _read_label(path: Path, rows: int) -> np.ndarray:
         raise BadDataError(f"{path}: its name says {count} rows, depth {depth}; wanted {rows} rows, depth 1")
     if not 1 <= rows <= MAX_ROWS or not 1 <= height * width <= MAX_PIXELS or rows * height * width > 4 * MAX_PIXELS:
         raise BadDataError(f"{path}: {rows} masks of {height}x{width} are more than is read (or none)")
-    arrays = _arrays(path, limit=min(2**16 + 16 * rows * height * width, 2**30))
+    arrays = read_arrays(path, CSR, limit=min(2**16 + 16 * rows * height * width, 2**30), axes=2)
     kind = bytes(arrays["format"].astype("S8").tobytes()).rstrip(b"\0")
     shape = tuple(int(n) for n in arrays["shape"].ravel())
     if kind != b"csr" or shape != (rows, height * width):
@@ -161,42 +161,3 @@ def _read_label(path: Path, rows: int) -> np.ndarray:
         part = slice(int(pointers[row]), int(pointers[row + 1]))
         masks[row, columns[part][data[part] != 0]] = True
     return masks.reshape(rows, height, width)
-
-
-def _arrays(path: Path, limit: int) -> dict[str, np.ndarray]:
-    """The five arrays of a sparse `.npz`, refused when they unpack to more than `limit` bytes."""
-    names = ("format", "shape", "indptr", "indices", "data")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename: info for info in archive.infolist()}
-            missing = [name for name in names if f"{name}.npy" not in members]
-            if missing:
-                raise BadDataError(f"{path}: no {', '.join(missing)} in it; wanted a SciPy CSR matrix")
-            total = sum(members[f"{name}.npy"].file_size for name in names)
-            if total > limit:
-                raise BadDataError(f"{path}: unpacks to {total} bytes; the limit for its shape is {limit}")
-            return {name: _array(path, archive.read(members[f"{name}.npy"])) for name in names}
-    except FileNotFoundError:
-        raise BadDataError(f"{path}: no such file") from None
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise BadDataError(f"{path}: not a readable .npz ({error})") from None
-
-
-def _array(path: Path, content: bytes) -> np.ndarray:
-    """One `.npy`; its header is checked against the bytes there are before anything of its size is made."""
-    stream = io.BytesIO(content)
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise BadDataError(f"{path}: not a readable array ({error})") from None
-    count = math.prod(shape)
-    if dtype.kind not in "biufSU" or dtype.itemsize == 0 or len(shape) > 2:
-        raise BadDataError(f"{path}: holds an array of {dtype} with {len(shape)} axes; wanted plain numbers")
-    if count * dtype.itemsize != len(content) - stream.tell():
-        raise BadDataError(f"{path}: an array's header does not fit its bytes")
-    array = np.frombuffer(content, dtype, count, stream.tell())
-    return array.reshape(shape, order="F" if fortran else "C")
