@@ -35,7 +35,7 @@ $(VENV)-newest/.ready: $(PINNED)
 	@touch $@
 
 demo: $(VENV)/.core
-	$(BIN)/medseg-gym evaluate --env MedSeg-Phantom-GrabCut-v0 \
+	$(BIN)/medseg-gym evaluate --env MedSeg-Phantom-Nano-v0 \
 		--policy Random --policy CentreClick --policy BoxOnce --policy OracleBoxThenClicks --policy OracleClicks \
 		--cases 48 --restart --out $(DEMO)
 	@echo "Now open $(DEMO)/report.html in a browser. To go on by hand: . $(BIN)/activate"

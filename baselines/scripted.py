@@ -14,7 +14,7 @@ from medseg_gym.errors import MedSegError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--env", default="MedSeg-Phantom-GrabCut-v0")
+    parser.add_argument("--env", default="MedSeg-Phantom-Nano-v0")
     parser.add_argument("--policy", default="OracleBoxThenClicks")
     parser.add_argument("--episodes", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,7 +16,10 @@ from medseg_gym.tools.cards import TOOLS
 from medseg_gym.types import Sample
 
 ROOT = Path(__file__).resolve().parents[1]
-WITHOUT_WEIGHTS = [card.id for card in TOOLS.values() if card.factory and not card.weights]
+HAVE_TORCH = find_spec("torch") is not None  # the environment with the newest Gymnasium is small, and has none
+WITHOUT_WEIGHTS = [
+    card.id for card in TOOLS.values() if card.factory and not card.weights and (HAVE_TORCH or card.id != "Nano")
+]
 
 
 class Blobs:

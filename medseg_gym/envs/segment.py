@@ -46,7 +46,7 @@ class SegmentEnv(OverEngine, gym.Env[Any, Any]):
     def __init__(
         self,
         dataset: str | Dataset = "Phantom",
-        tool: str | SegmentationTool = "GrabCut",
+        tool: str | SegmentationTool = "Nano",
         *,
         render_mode: str | None = None,
         **options: Any,

@@ -38,7 +38,7 @@ class SegmentVectorEnv(OverEngine, VectorEnv[Any, Any, Any]):
         self,
         num_envs: int = 1,
         dataset: str | Dataset = "Phantom",
-        tool: str | SegmentationTool = "GrabCut",
+        tool: str | SegmentationTool = "Nano",
         *,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,

@@ -44,7 +44,7 @@ def no_runtime(tool: str) -> WeightsMissingError:
     """The error for a tool of the catalogue that this version lists and cannot run yet."""
     return WeightsMissingError(
         f"{tool}'s weights are not in this version yet; once they are, `{download_command(tool)}` gets them. "
-        f"Tools that need no weights: GrabCut, Stub"
+        f"Tools that need none: Nano, GrabCut, Stub"
     )
 
 

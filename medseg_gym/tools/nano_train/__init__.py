@@ -1,0 +1,1 @@
+"""Nano's training: the cases, the simulated interaction, the loop and the measurements."""
