@@ -270,6 +270,9 @@ def _print_report(out: Console, name: str, report: PrepareReport) -> None:
         out.print(f"{report.resumed} files were imported by an earlier run that did not finish", markup=False)
     out.print(_megabytes(report.path), markup=False, soft_wrap=True)
     _print_splits(out, report.splits)
+    patients = sum(count.patients for count in report.splits.values())
+    if patients == report.images > 1:
+        out.print("every image counts as a patient of its own; if some share one, say how with --patient")
     _print_structures(out, report.structures, report.areas)
     _print_skipped(out, report.skipped)
 

@@ -26,7 +26,11 @@ def list_tools() -> None:
         else:
             state = "needs weights" if card.factory else "[dim]not in this version[/dim]"
         table.add_row(card.id, state, card.summary)
-    console().print(table)
+    out = console()
+    out.print(table)
+    for card in tools.TOOLS.values():
+        if card.licence:
+            out.print(f"{card.id}: {card.licence}")
 
 
 @app.command()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from test_import_nifti import MINE, cases
 from test_importers import rgb, save, square
 
 from medseg_gym.datasets.cards import DATASETS, DatasetCard
+from medseg_gym.datasets.importers import pairs
 from medseg_gym.datasets.importers.coco import outline_mask
 from medseg_gym.datasets.importers.colour_masks import by_colour
 from medseg_gym.datasets.importers.intensities import bounds, to_bytes
@@ -79,6 +82,62 @@ def test_where_two_images_fit_a_mask_the_longer_name_has_it(tmp_path: Path) -> N
         save(tmp_path / f"masks/{stem}_eye.png", white(square(8, 10)))
     found, left = cases("png-pairs", tmp_path, image="images/{id}.png", mask="masks/{id}_{target}.png")
     assert left == {} and [(case.name, list(case.masks)) for case in found] == [("1", ["eye"]), ("1_left", ["eye"])]
+
+
+@pytest.mark.parametrize("ending", ["png", "*"])
+def test_the_work_of_pairing_grows_with_the_files(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    class Counted:
+        def __init__(self, expression: re.Pattern[str]) -> None:
+            self.expression = expression
+
+        def fullmatch(self, text: str) -> re.Match[str] | None:
+            work["matches"] += 1
+            return self.expression.fullmatch(text)
+
+    def counted(*args: Any, **options: Any) -> Counted:
+        work["expressions"] += 1
+        return Counted(expression(*args, **options))
+
+    expression, work = pairs._expression, Counter[str]()
+    monkeypatch.setattr(pairs, "_expression", counted)
+    done = []
+    for number in (200, 400):
+        names = [f"p_{index}.png" for index in range(number)]
+        targets = ("cup", "disc", "fovea")
+        files = sorted(f"{top}/{name}" for top in ("images", *(f"masks/{t}" for t in targets)) for name in names)
+        work.clear()
+        found, left = pairs._match(
+            DatasetCard("Mine", "Mine", "", ""), f"images/{{id}}.{ending}", f"masks/{{target}}/{{id}}.{ending}", files
+        )
+        assert left == [] and [pair.image for pair in found] == files[:number]
+        assert all(
+            pair.masks == tuple((f"masks/{t}/{Path(pair.image).name}", t) for t in targets) for pair in found
+        )
+        done.append(work.total())
+    assert done[1] <= 2.2 * done[0] and done[1] <= 4 * 4 * 400
+
+
+def test_where_a_name_reads_in_several_ways_every_way_is_tried(tmp_path: Path) -> None:
+    for name in ("images/a", "images/a_b", "images/c", "masks/a_b_c_m", "masks/x_a_m", "masks/c_m", "masks/c_d_m"):
+        save(tmp_path / f"{name}.png", rgb(8, 10))
+    card = DatasetCard("Mine", "Mine", "", "")
+    found, left = pairs.find_pairs(tmp_path, card, [("images/{id}.png", "masks/{target}_{id}*m.png")], [".png"])
+    assert [(pair.image, pair.masks) for pair in found] == []
+    assert left == []
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    folder(tmp_path / "elsewhere")
+    source = tmp_path / "source"
+    source.mkdir()
+    try:
+        for top in ("images", "masks"):
+            (source / top).symlink_to(tmp_path / "elsewhere" / top, target_is_directory=True)
+        (source / "masks/round").symlink_to(source, target_is_directory=True)
+        (source / "again").symlink_to(source / "images", target_is_directory=True)
+    except OSError:
+        pytest.skip("no links here")
+    assert list(pairs._files(source)) == ["again/a.png", "again/b.png", "masks/a.png", "masks/b.png"]
 
 
 def test_patients_and_splits_come_from_the_pattern_or_a_rule(tmp_path: Path, home: Path) -> None:

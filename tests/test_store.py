@@ -133,7 +133,7 @@ def test_grey_images_take_one_channel_and_an_image_is_a_chunk(path: Path) -> Non
         assert set(file["images"]) == {"9x13x3", "9x13x1", "1x1x1", "16x8x3"}
         assert file["images/9x13x1"].chunks == (1, 9, 13, 1)
         assert file["masks/9x13"].shape == (4, 9, 2) and file["masks/9x13"].chunks == (1, 9, 2)
-        assert file["images/9x13x1"].compression == "lzf"
+        assert file["images/9x13x1"].compression == "gzip"
 
 
 def test_unknown_keys_splits_and_structures_are_named(store: Store) -> None:

@@ -34,6 +34,8 @@ def load(
     both drawn by `case_seed`; without them a case is as it was prepared. A store that was prepared again since the last
     call is opened anew.
     """
+    if isinstance(case_seed, bool) or not isinstance(case_seed, int) or case_seed < 0:
+        raise BadDataError(f"case_seed={case_seed!r}; wanted a whole number from 0 up")
     data = _load(dataset, options)
     if kinds:
         from medseg_gym.datasets.kinds import Kinds

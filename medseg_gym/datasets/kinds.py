@@ -45,7 +45,8 @@ class Kinds:
 
     "inconsistent" and "absent" need a dataset with `siblings`. They have no case of an image without a second
     structure, or with all of them. An absent structure is one without a mask: use that kind only where every structure
-    that is in an image is outlined. Words go around kinds, not the other way: `Worded(Kinds(dataset))`.
+    that is in an image is outlined, and not on data prepared with empty=keep, whose empty masks count as masks. Words
+    go around kinds, not the other way: `Worded(Kinds(dataset))`.
     """
 
     def __init__(self, dataset: Dataset, kinds: Sequence[str] = KINDS, *, seed: int = 0) -> None:

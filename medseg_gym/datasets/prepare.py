@@ -94,7 +94,7 @@ def prepare(
                 writer.discard()
             elif existing is not None:
                 raise _occupied(path, "a store of other content")
-    except WorkerDiedError:
+    except (WorkerDiedError, OccupiedError):  # what was imported serves the next run, with --force among others
         raise
     except MedSegError:
         spool.remove()  # running again would only come here again
@@ -152,6 +152,8 @@ def _card(
 ) -> DatasetCard:
     check_name(name)
     card = DATASETS.get(name)
+    if card is not None and not card.layout:
+        raise MedSegError(f"{name} needs no preparing; it is there already")
     if card is None:
         if layout is None:
             error = unknown("dataset", name, DATASETS)
@@ -159,8 +161,6 @@ def _card(
         card = DatasetCard(name, name, "", "", layout=layout)
     if layout is not None:
         card = replace(card, layout=layout)
-    if not card.layout:
-        raise MedSegError(f"{name} needs no preparing; it is there already")
     if patient is not None:
         try:
             groups = re.compile(patient).groupindex
@@ -271,8 +271,14 @@ def _existing(path: Path, name: str, force: bool) -> str | None:
     return checksum
 
 
-def _occupied(path: Path, what: str) -> MedSegError:
-    return MedSegError(f"{path} is there already and holds {what}. Add --force (in Python: force=True) to replace it.")
+class OccupiedError(MedSegError):
+    """A store of other content is there, and nobody said to replace it."""
+
+
+def _occupied(path: Path, what: str) -> OccupiedError:
+    return OccupiedError(
+        f"{path} is there already and holds {what}. Add --force (in Python: force=True) to replace it."
+    )
 
 
 def _reasons(skipped: list[Skipped]) -> str:

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     import h5py
 
 STALE_SECONDS = 24 * 3600
-PACKING = {"compression": "lzf", "fletcher32": True}  # gzip packs a CT slice 26 % smaller and reads 0.1 ms slower
+# Not LZF: its encoder starts from memory as it finds it, so that equal images may be packed into unequal bytes. gzip
+# packs a CT slice 26 % smaller and reads 0.1 ms slower.
+PACKING = {"compression": "gzip", "compression_opts": 1, "fletcher32": True}
 
 _active: set[Path] = set()  # temporary files that writers of this process hold
 

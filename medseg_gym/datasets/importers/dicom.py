@@ -168,7 +168,8 @@ def read(item: Item) -> Iterator[RawCase | Skipped]:
         data, grid = read_series([item.root / file for file in item.files])
         cut = replace(item.cut, axis=_axis(item.cut.axis, grid, item.root / item.files[0]))
     except BadDataError as error:
-        yield Skipped(item.files[0], f"{reason(error, item.root)}; its series is left out")
+        named = (file for file in item.files if str(error).startswith(str(item.root / file)))
+        yield Skipped(next(named, item.files[0]), f"{reason(error, item.root)}; its series is left out")
         return
     found: dict[str, np.ndarray] = {}
     names = dict(item.wanted)

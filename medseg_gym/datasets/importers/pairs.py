@@ -96,27 +96,51 @@ def _named(pattern: str) -> str:
 
 
 def _files(source: Path) -> Iterator[str]:
-    """Every file below the source, relative and sorted; hidden ones are not looked at."""
-    found = []
-    for folder, folders, names in os.walk(source):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        where = Path(folder).relative_to(source).as_posix()
-        found += [name if where == "." else f"{where}/{name}" for name in names if not name.startswith(".")]
+    """Every file below the source, relative and sorted; hidden ones are not looked at.
+
+    Linked folders are followed, but no folder is listed twice: its real path counts, or else the first link to it.
+    """
+    found: list[str] = []
+    seen = {_identity(source)}
+    tops = [str(source)]
+    for top in tops:  # the links found below one are added, so that what is real comes first
+        if top != tops[0]:
+            if (linked := _identity(top)) in seen:
+                continue
+            seen.add(linked)
+        links = []
+        for folder, folders, names in os.walk(top):
+            real = []
+            for name in folders:
+                path = os.path.join(folder, name)
+                if name.startswith("."):
+                    continue
+                if os.path.islink(path):
+                    links.append(path)
+                elif (identity := _identity(path)) not in seen:
+                    seen.add(identity)
+                    real.append(name)
+            folders[:] = real
+            where = Path(folder).relative_to(source).as_posix()
+            found += [name if where == "." else f"{where}/{name}" for name in names if not name.startswith(".")]
+        tops += sorted(links)
     yield from sorted(found)
+
+
+def _identity(folder: str | Path) -> tuple[int, int] | str:
+    """What tells a folder from others however it is reached; its path if it cannot be asked."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return str(folder)
+    return found.st_dev, found.st_ino
 
 
 def _match(card: DatasetCard, image: str, mask: str, files: list[str]) -> tuple[list[Pair], list[Skipped]]:
     expression = _expression(image, {})
     candidates = [(file, found.groupdict()) for file in files if (found := expression.fullmatch(file))]
-    owner: dict[str, tuple[int, str, str]] = {}  # mask file -> length of what is fixed in its name, image, target
-    free = _expression(mask, {})
-    for file, words in candidates:
-        length = sum(map(len, words.values()))
-        for other in _starting(files, _beginning(mask, words)):
-            target = None if other == file else _target(other, mask, words, free)
-            # "a" and "a_b" may both fit a_b_c.png: the longer is meant
-            if target is not None and (length, file, target) > owner.get(other, (-1, "", "")):
-                owner[other] = (length, file, target)
+    fitting, several = _readings(mask, files) if candidates else ({}, [])
+    owner = _owners(candidates, mask, fitting, several)
     masks: dict[str, list[tuple[str, str]]] = {}
     for other, (_, file, target) in sorted(owner.items()):
         masks.setdefault(file, []).append((other, " ".join(re.split(r"[_+\s]+", target)).strip()))
@@ -135,26 +159,61 @@ def _match(card: DatasetCard, image: str, mask: str, files: list[str]) -> tuple[
     skipped += [
         Skipped(file, "no image of this mask")
         for file in files
-        if file not in owner and file not in images and free.fullmatch(file)
+        if file in fitting and file not in owner and file not in images
     ]
     return pairs, skipped
 
 
-def _target(file: str, mask: str, words: dict[str, str], free: re.Pattern[str]) -> str | None:
-    """What a file outlines if it is a mask of the image with these words, "" where its name does not say; else None.
+def _readings(mask: str, files: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The words of every file that fits a mask pattern, and those of the files that fit it in several ways."""
+    longest, shortest = _expression(mask, {}), _expression(mask, {}, lazy=True)
+    fitting, several = {}, []
+    for file in files:
+        if (found := longest.fullmatch(file)) is None:
+            continue
+        fitting[file] = found.groupdict()
+        # the first and the last way in the order of their fields' lengths: the same only if there is no other
+        other = shortest.fullmatch(file)
+        if other is None or other.groups() != found.groups():
+            several.append(file)
+    return fitting, several
 
-    The free pattern, compiled once for all, nearly always finds the words where they are.
+
+def _owners(
+    candidates: list[tuple[str, dict[str, str]]], mask: str, fitting: dict[str, dict[str, str]], several: list[str]
+) -> dict[str, tuple[int, str, str]]:
+    """Whose each mask file is: the length of what is fixed in its name, the image, the target.
+
+    "a" and "a_b" may both fit a_b_c.png: the longer is meant. No image is its own mask.
     """
-    found = free.fullmatch(file)
-    if found is None:
-        return None
-    texts = found.groupdict()
-    if any(words[word] != text for word, text in texts.items() if word != "target"):
-        found = _expression(mask, words).fullmatch(file)
-        if found is None:
-            return None
-        texts = found.groupdict()
-    return texts.get("target") or ""
+    shared = sorted({word for word in _FIELD.findall(mask) if word and word != "target"})
+    best: dict[tuple[str, ...], list[tuple[int, str]]] = {}  # of the images with these words, the first two
+    owner: dict[str, tuple[int, str, str]] = {}
+    for file, words in candidates:
+        length = sum(map(len, words.values()))
+        key = tuple(words[word] for word in shared)
+        best[key] = sorted([*best.get(key, ()), (length, file)], reverse=True)[:2]
+        if not several:
+            continue
+        filled: re.Pattern[str] | None = None
+        for other in _starting(several, _beginning(mask, words)):
+            if other == file:
+                continue
+            texts = fitting[other]
+            if any(words[word] != texts[word] for word in shared):
+                filled = filled or _expression(mask, words)
+                found = filled.fullmatch(other)
+                if found is None:
+                    continue
+                texts = found.groupdict()
+            owner[other] = max(owner.get(other, (-1, "", "")), (length, file, texts.get("target") or ""))
+    for other in fitting.keys() - set(several):
+        texts = fitting[other]
+        for length, file in best.get(tuple(texts[word] for word in shared), ()):
+            if file != other:
+                owner[other] = (length, file, texts.get("target") or "")
+                break
+    return owner
 
 
 def _pair(card: DatasetCard, file: str, words: dict[str, str], masks: list[tuple[str, str]]) -> Pair:
@@ -169,21 +228,25 @@ def _pair(card: DatasetCard, file: str, words: dict[str, str], masks: list[tuple
     return Pair(file, tuple(masks), patient, name if name != safe(stem) else safe(own), split)
 
 
-def _expression(pattern: str, words: dict[str, str]) -> re.Pattern[str]:
-    """The regular expression of a pattern with the words that are known filled in."""
+def _expression(pattern: str, words: dict[str, str], *, lazy: bool = False) -> re.Pattern[str]:
+    """The regular expression of a pattern with the words that are known filled in; each field takes all it can.
+
+    Lazily it takes as little. Every field is a group, named if it is a word.
+    """
+    little = "?" if lazy else ""
     out, end = [], 0
     seen: set[str] = set()
     for found in _FIELD.finditer(pattern):
         out.append(re.escape(pattern[end : found.start()]))
         word, end = found.group(1), found.end()
         if not word:
-            out.append("[^/]*")
+            out.append(f"([^/]*{little})")
         elif word in words:
             out.append(re.escape(words[word]))
         elif word in seen:
             out.append(f"(?P={word})")
         else:
-            out.append(f"(?P<{word}>[^/]+)")
+            out.append(f"(?P<{word}>[^/]+{little})")
             seen.add(word)
     return re.compile("".join(out) + re.escape(pattern[end:]))
 

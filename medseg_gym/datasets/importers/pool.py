@@ -40,6 +40,7 @@ PATIENTS = {
     "LGG": r"(?P<patient>TCGA_[A-Z]+_[0-9A-Z]+)_.*",
     "MSD_Lung": r"(?P<patient>\d+)_(?P<slice>\d+)",
     "MedScribble": r"(?P<patient>.+?)_axis\d_.*",
+    "SCT_SpinalCord": r"(?P<patient>.+?)_(?:spinal_cord|gray_matter).*",  # one image under the name of each target
     "TotalSegmentator": r"(?P<patient>s\d+)_(?P<slice>\d+)",
 }
 
