@@ -139,7 +139,7 @@ def _identity(folder: str | Path) -> tuple[int, int] | str:
 def _match(card: DatasetCard, image: str, mask: str, files: list[str]) -> tuple[list[Pair], list[Skipped]]:
     expression = _expression(image, {})
     candidates = [(file, found.groupdict()) for file in files if (found := expression.fullmatch(file))]
-    fitting, several = _readings(mask, files) if candidates else ({}, [])
+    fitting, several = _readings(mask, files)
     owner = _owners(candidates, mask, fitting, several)
     masks: dict[str, list[tuple[str, str]]] = {}
     for other, (_, file, target) in sorted(owner.items()):
