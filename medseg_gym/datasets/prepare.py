@@ -94,7 +94,7 @@ def prepare(
                 writer.discard()
             elif existing is not None:
                 raise _occupied(path, "a store of other content")
-    except (WorkerDiedError, OccupiedError):  # what was imported serves the next run, with --force among others
+    except WorkerDiedError:
         raise
     except MedSegError:
         spool.remove()  # running again would only come here again
@@ -271,14 +271,8 @@ def _existing(path: Path, name: str, force: bool) -> str | None:
     return checksum
 
 
-class OccupiedError(MedSegError):
-    """A store of other content is there, and nobody said to replace it."""
-
-
-def _occupied(path: Path, what: str) -> OccupiedError:
-    return OccupiedError(
-        f"{path} is there already and holds {what}. Add --force (in Python: force=True) to replace it."
-    )
+def _occupied(path: Path, what: str) -> MedSegError:
+    return MedSegError(f"{path} is there already and holds {what}. Add --force (in Python: force=True) to replace it.")
 
 
 def _reasons(skipped: list[Skipped]) -> str:
