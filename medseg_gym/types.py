@@ -135,6 +135,7 @@ class View:
     turn: int  # actions taken so far
     horizon: int
     history: tuple[tuple[Mask, Action | Unreadable], ...] = ()  # per turn: the mask before the action, and the action
+    decisions: tuple[Decision, ...] = ()  # per turn: what the policy itself answered; empty in a bare env
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,7 @@ class Decision:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     reason: str = ""
+    costs: Mapping[str, float] = field(default_factory=dict, compare=False)  # tokens, seconds: not in the episode
 
 
 @dataclass(frozen=True, slots=True)
