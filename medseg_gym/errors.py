@@ -30,6 +30,10 @@ class InvalidActionError(MedSegError, ValueError):
     """An action outside the action space."""
 
 
+class PolicyUnavailableError(MedSegError):
+    """Whoever answers for the policy is gone: the run ends here, and the same command goes on with it later."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
     """The error for an unknown name, with the closest known ones."""
     names = sorted(known)

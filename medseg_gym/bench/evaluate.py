@@ -177,7 +177,8 @@ def _play(pair: _Pair, run: RunDir, seed: int, progress: Progress | None) -> Non
     for done, (episode, timing) in enumerate(
         drive(pair.env, pair.policy, pair.keys, todo, label=pair.label, seed=seed), start=there + 1
     ):
-        run.append(episode, {"seconds": timing.seconds, "encodes": timing.encodes, "cache_hits": timing.cache_hits})
+        times = {"seconds": timing.seconds, "encodes": timing.encodes, "cache_hits": timing.cache_hits}
+        run.append(episode, times | ({"costs": dict(timing.costs)} if timing.costs else {}))
         if progress:
             progress(label, done, len(pair.keys))
 
@@ -194,6 +195,7 @@ def _summary(
             "dataset": pair.env.dataset.name,
             "dataset_options": _plain(pair.env.engine.config.dataset_options),
             "tool": pair.env.tool.name,
+            "tool_options": _plain(pair.env.engine.config.tool_options),
             "tool_fingerprint": pair.env.tool.fingerprint,
             "policy": pair.label,
         }
@@ -239,9 +241,19 @@ def _times(run: RunDir, pairs: Sequence[_Pair]) -> dict[str, Any]:
                 "seconds_per_action": seconds / max(1, turns),
                 "encodes": sum(t["encodes"] for t in times),
                 "cache_hits": sum(t["cache_hits"] for t in times),
+                **({"costs": _costs(times)} if any("costs" in t for t in times) else {}),
             }
         )
     return {"machine": machine(), "rows": rows}
+
+
+def _costs(times: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Sums of what the policy's decisions cost: requests, tokens, seconds of waiting."""
+    sums: dict[str, float] = {}
+    for costs in (t.get("costs", {}) for t in times):
+        for name, value in costs.items():
+            sums[name] = sums.get(name, 0) + value
+    return sums
 
 
 def versions() -> dict[str, str]:

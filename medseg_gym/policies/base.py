@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from importlib import metadata
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +22,11 @@ BUILTIN: dict[str, str] = {
     name: f"medseg_gym.policies.scripted:{name}"
     for name in ("Random", "CentreClick", "BoxOnce", "OracleClicks", "OracleBoxThenClicks", "XuClicks")
 }
+SPOKEN: dict[str, str] = {
+    "TextOracle": "medseg_gym.policies.text_oracle:TextOracle",
+    "vlm": "medseg_gym.policies.vlm:served",
+    "vlm-local": "medseg_gym.policies.vlm:local",
+}
 
 
 @runtime_checkable
@@ -31,6 +37,15 @@ class Policy(Protocol):
 
     def act(self, views: Sequence[View], rngs: Sequence[np.random.Generator]) -> list[Decision]:
         """One decision for each view, in order, drawing only from the generator beside it."""
+        ...
+
+
+@runtime_checkable
+class LaterPolicy(Policy, Protocol):
+    """A policy that answers in its own time, such as a served language model; `act` waits for all answers."""
+
+    def submit(self, view: View, rng: np.random.Generator) -> Future[Decision]:
+        """The decision to come. What it needs of the generator it draws before it returns."""
         ...
 
 
@@ -63,7 +78,8 @@ def make(spec: str | Policy | Callable[..., Policy], env: Any = None, **options:
 
 def names() -> list[str]:
     """The names `make` knows: built-in ones, then entry points."""
-    return [*BUILTIN, *sorted(point.name for point in metadata.entry_points(group=GROUP) if point.name not in BUILTIN)]
+    own = [*BUILTIN, *SPOKEN]
+    return [*own, *sorted(point.name for point in metadata.entry_points(group=GROUP) if point.name not in own)]
 
 
 def spelled(name: str, options: dict[str, Any], defaults: dict[str, Any]) -> str:
@@ -103,8 +119,8 @@ def _write(value: Any) -> str:
 def _find(name: str) -> Any:
     if ":" in name:
         return _load(name)
-    if name in BUILTIN:
-        return _load(BUILTIN[name])
+    if own := {**BUILTIN, **SPOKEN}.get(name):
+        return _load(own)
     found = [point for point in metadata.entry_points(group=GROUP) if point.name == name]
     if not found:
         raise unknown("policy", name, names())

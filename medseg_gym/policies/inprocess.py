@@ -1,0 +1,235 @@
+"""Chat models that run in this process, from a local checkpoint folder: transformers anywhere, vLLM where it is."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medseg_gym.errors import BadDataError, MedSegError, unknown
+from medseg_gym.policies import chat
+from medseg_gym.policies.vlm import ChatModel, Completion
+from medseg_gym.types import Decision
+
+if TYPE_CHECKING:
+    from medseg_gym.rl.tokens import TokenPrompt
+
+
+class TransformersModel:
+    """A Qwen-VL checkpoint run by transformers, one chat at a time in a thread of its own.
+
+    Sampling adds Gumbel noise of the request's own seed to the logits, so a completion hangs on its chat and seed
+    alone. Tokens that stand for pictures are never produced. Log-probabilities are of the distribution sampled from.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        import torch
+        from transformers import AutoModelForImageTextToText, GenerationConfig
+
+        from medseg_gym.rl.tokens import ChatTokens
+
+        self.tokens = ChatTokens.from_pretrained(folder)
+        self.name = Path(folder).name
+        self.temperature, self.max_tokens, self.device = temperature, max_tokens, device
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=getattr(torch, dtype)
+        )
+        self.model: Any = model.to(device).eval().requires_grad_(False)
+        # In place of the checkpoint's own, which may truncate or penalise. The sampler's noise makes the largest score
+        # a sample, so that generate itself is always greedy.
+        self.model.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=self.tokens.end, pad_token_id=self.tokens.tokenizer.pad_token_id
+        )
+        self._work: queue.Queue[tuple[Future[Completion], Callable[[], Completion]] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="medseg-gym-transformers", daemon=True)
+        self._thread.start()
+
+    def complete(self, messages: Sequence[chat.Message], said: Sequence[Decision], seed: int) -> Future[Completion]:
+        answer: Future[Completion] = Future()
+        prompt = self.tokens.conversation(messages, [decision.token_ids for decision in said])
+        self._work.put((answer, lambda: self.generate(prompt, seed)))
+        return answer
+
+    def generate(self, prompt: TokenPrompt, seed: int) -> Completion:
+        """Samples one completion, the end of turn included, for a rendered prompt."""
+        import torch
+        from transformers import LogitsProcessorList
+
+        begun = time.perf_counter()
+        inputs = {name: tensor.to(self.device) for name, tensor in self.tokens.inputs([prompt]).items()}
+        sampler = _Sampler(self.temperature, seed, sorted(self.tokens.vision_ids))
+        with torch.inference_mode():
+            ids = self.model.generate(
+                **inputs,
+                max_new_tokens=self.max_tokens,
+                logits_processor=LogitsProcessorList([sampler]),
+            )[0, len(prompt.ids) :].tolist()
+        logprobs = [float(row[token]) for row, token in zip(sampler.logprobs, ids, strict=True)]
+        return Completion(
+            text=self.tokens.decode(ids),
+            token_ids=tuple(ids),
+            logprobs=tuple(logprobs),
+            finish="stop" if ids and ids[-1] == self.tokens.end else "length",
+            prompt_ids=prompt.ids,
+            costs={
+                "server_s": time.perf_counter() - begun,
+                "prompt_tokens": len(prompt.ids),
+                "completion_tokens": len(ids),
+            },
+        )
+
+    def close(self) -> None:
+        self._work.put(None)
+
+    def _run(self) -> None:
+        while (job := self._work.get()) is not None:
+            answer, generate = job
+            try:
+                answer.set_result(generate())
+            except BaseException as error:
+                answer.set_exception(error)
+
+
+class _Sampler:
+    """A logits processor for a batch of one: bans ids, keeps the log-probabilities, adds Gumbel noise from a seed."""
+
+    def __init__(self, temperature: float, seed: int, banned: Sequence[int]) -> None:
+        import torch
+
+        self.temperature, self.banned = temperature, list(banned)
+        self.random = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
+        self.logprobs: list[Any] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        import torch
+
+        scores = scores.float().clone()
+        scores[:, self.banned] = -torch.inf
+        if self.temperature:
+            scores = scores / self.temperature
+        self.logprobs.append(scores[0].log_softmax(-1))
+        if not self.temperature:
+            return scores
+        uniform = torch.rand(scores.shape, generator=self.random, dtype=torch.float64).clamp_(1e-300)
+        return scores - (-uniform.log()).log().to(scores)
+
+
+class VLLMModel:
+    """A Qwen-VL checkpoint run by vLLM in this process: requests are batched as they come.
+
+    Chats go in as token ids, and what vLLM says it read must be these very ids: BadDataError otherwise.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        dtype: str = "auto",
+        max_model_len: int = 16384,
+        max_images: int = 32,
+        **engine: Any,
+    ) -> None:
+        try:
+            from vllm import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError:
+            raise MedSegError(
+                "this engine needs vLLM: pip install 'medseg-gym[vllm]', on a machine with a GPU"
+            ) from None
+        from medseg_gym.rl.tokens import ChatTokens
+
+        self.tokens = ChatTokens.from_pretrained(folder)
+        self.name = Path(folder).name
+        self.temperature, self.max_tokens = temperature, max_tokens
+        self._count = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="medseg-gym-vllm", daemon=True)
+        self._thread.start()
+        settings = AsyncEngineArgs(
+            model=str(folder),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            limit_mm_per_prompt={"image": max_images, "video": 0},
+            logprobs_mode="processed_logprobs",
+            **engine,
+        )
+
+        async def start() -> Any:
+            return AsyncLLM.from_engine_args(settings)
+
+        self.engine = asyncio.run_coroutine_threadsafe(start(), self._loop).result()
+
+    def complete(self, messages: Sequence[chat.Message], said: Sequence[Decision], seed: int) -> Future[Completion]:
+        prompt = self.tokens.conversation(messages, [decision.token_ids for decision in said])
+        self._count += 1
+        return asyncio.run_coroutine_threadsafe(self._generate(prompt, seed, f"chat-{self._count}"), self._loop)
+
+    async def _generate(self, prompt: TokenPrompt, seed: int, request: str) -> Completion:
+        from PIL import Image as Pictures
+        from vllm import SamplingParams
+
+        begun = time.perf_counter()
+        self.tokens.check(prompt)
+        sampling = SamplingParams(
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+            seed=seed,
+            logprobs=0,
+            stop_token_ids=[self.tokens.end],
+            bad_words=None,
+            logit_bias=dict.fromkeys(sorted(self.tokens.vision_ids), -100.0),
+            skip_special_tokens=True,
+        )
+        given: dict[str, Any] = {"prompt_token_ids": self.tokens.collapse(prompt.ids)}
+        if prompt.images:
+            given["multi_modal_data"] = {"image": [Pictures.fromarray(image) for image in prompt.images]}
+        final: Any = None
+        async for output in self.engine.generate(given, sampling, request_id=request):
+            final = output
+        read = tuple(final.prompt_token_ids)
+        if read != prompt.ids:
+            raise BadDataError(f"vLLM read {len(read)} prompt tokens that are not the {len(prompt.ids)} rendered ones")
+        chosen = final.outputs[0]
+        ids = tuple(chosen.token_ids)
+        return Completion(
+            text=self.tokens.decode(ids),
+            token_ids=ids,
+            logprobs=tuple(float(row[token].logprob) for row, token in zip(chosen.logprobs, ids, strict=True)),
+            finish="length" if chosen.finish_reason == "length" else "stop",
+            prompt_ids=prompt.ids,
+            costs={
+                "server_s": time.perf_counter() - begun,
+                "prompt_tokens": len(prompt.ids),
+                "completion_tokens": len(ids),
+            },
+        )
+
+    def close(self) -> None:
+        self.engine.shutdown()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+
+
+ENGINES: dict[str, Callable[..., ChatModel]] = {"transformers": TransformersModel, "vllm": VLLMModel}
+
+
+def load(engine: str, folder: str | Path, **options: Any) -> ChatModel:
+    """The model of a checkpoint folder on an engine, "transformers" or "vllm", with its own keywords."""
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES)
+    return ENGINES[engine](folder, **options)

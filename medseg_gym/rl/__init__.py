@@ -1,0 +1,1 @@
+"""Language models as agents: what trains and serves them shares these modules."""
