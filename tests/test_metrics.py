@@ -66,6 +66,51 @@ def test_overlap_does_not_overflow_on_large_masks() -> None:
     assert metrics.areas(full, full) == (25_000_000,) * 3
 
 
+# (IoU, drawn, present): what a case's mask is to its entity
+MATCH, WRONG, MISSED = (0.51, True, True), (0.5, True, True), (0.0, False, True)
+SILENT, INVENTED = (1.0, False, False), (0.0, True, False)
+
+
+@pytest.mark.parametrize(
+    ("cases", "f1"),
+    [
+        ([MATCH, MATCH], 1),
+        ([MATCH, WRONG], 2 / 4),  # 1 match; 2 answers, 2 entities
+        ([MATCH, MISSED], 2 / 3),  # 1 match; 1 answer, 2 entities
+        ([MATCH, INVENTED], 2 / 3),
+        ([MATCH, SILENT], 1),  # rightly silent: neither answer nor entity
+        ([WRONG, MISSED, INVENTED], 0),
+        ([SILENT, SILENT], 1),
+        ([], 1),
+    ],
+)
+def test_f1_of_mask_to_entity_correspondence_by_hand(cases: list[tuple[float, bool, bool]], f1: float) -> None:
+    assert metrics.entity_f1(metrics.entity_counts(*case) for case in cases) == pytest.approx(f1)
+
+
+def test_f1_is_the_harmonic_mean_of_precision_and_recall() -> None:
+    """6 matches in 7 answers, 9 entities."""
+    cases = [MATCH] * 6 + [WRONG] + [MISSED] * 2 + [SILENT] * 5
+    precision, recall = 6 / 7, 6 / 9
+    wanted = 2 * precision * recall / (precision + recall)
+    assert metrics.entity_f1(metrics.entity_counts(*case) for case in cases) == pytest.approx(wanted)
+
+
+def test_a_failed_episode_is_a_wrong_answer_to_f1() -> None:
+    """On an absent structure too, or failing there would look like seeing its absence."""
+    assert metrics.entity_counts(0.9, True, True, failed=True) == (0, 2)
+    assert metrics.entity_counts(0.0, False, True, failed=True) == (0, 2)
+    assert metrics.entity_counts(1.0, False, False, failed=True) == (0, 1)
+
+
+def test_no_mask_matches_two_disjoint_entities() -> None:
+    """The reason for an IoU above .5: a mask that is half of one and half of another structure matches neither."""
+    left, right = row("##.."), row("..##")
+    both = left | right
+    assert metrics.iou(both, left) == metrics.iou(both, right) == 0.5
+    assert metrics.entity_counts(metrics.iou(both, left), True, True) == (0, 2)
+
+
 CURVE = (0.0, 0.5, 0.85, 0.8, 0.9)  # before any action, then after actions 1 to 4
 
 
@@ -103,3 +148,10 @@ def test_auc_by_hand() -> None:
 
 def test_auc_rewards_reaching_the_same_mask_earlier() -> None:
     assert metrics.auc([0, 0.9], 5) > metrics.auc([0, 0.1, 0.9], 5) > metrics.auc([0, 0.1, 0.1, 0.9], 5)
+
+
+def test_regret_is_the_mean_distance_below_the_ceiling() -> None:
+    """After actions 1 to 4: .9 - .5, .9 - .85, .9 - .8, .9 - .9."""
+    assert metrics.regret(CURVE, [0.0, 0.9], 4) == pytest.approx((0.4 + 0.05 + 0.1 + 0) / 4)
+    assert metrics.regret([0.0, 0.9], CURVE, 4) == -metrics.regret(CURVE, [0.0, 0.9], 4)
+    assert metrics.regret(CURVE, CURVE, 9) == 0
