@@ -10,8 +10,10 @@ import typer
 
 from medseg_gym import __version__
 from medseg_gym.cli_data import app as data_app
+from medseg_gym.cli_leaderboard import app as leaderboard_app
 from medseg_gym.cli_terminal import clean_errors, console, progress_bars
 from medseg_gym.cli_tools import app as tools_app
+from medseg_gym.cli_verify import rescore
 from medseg_gym.errors import MedSegError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data", help="Prepare, list and check datasets.")
-app.add_typer(tools_app, name="tools", help="List segmentation tools and what they need.")
+app.add_typer(leaderboard_app, name="leaderboard", help="Play suites, build the leaderboard, freeze results.")
+app.add_typer(tools_app, name="tools", help="List tools, get their weights, embed datasets, serve.")
 
 
 @app.callback(invoke_without_command=True)
@@ -79,14 +82,25 @@ def evaluate(
     structure: Annotated[
         list[str] | None, typer.Option("--structure", help="Only cases of this structure; several times.")
     ] = None,
+    verb: Annotated[
+        list[str] | None,
+        typer.Option("--verb", help="Allow only positive, negative, box, stop or undo; may be given several times."),
+    ] = None,
+    stop_after_repeats: Annotated[
+        int, typer.Option("--stop-after-repeats", help="End after so many identical actions in a row; 0 is never.")
+    ] = 0,
+    on_unreadable: Annotated[
+        str, typer.Option("--on-unreadable", help="explain: the model is told why; end: the episode ends.")
+    ] = "explain",
     num_envs: Annotated[int, typer.Option("--num-envs", help="Episodes under way at once.")] = 8,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what --out holds and start over.")] = False,
 ) -> None:
     """Play policies on envs; write episodes.jsonl, summary.json and report.html."""
     from medseg_gym.bench.evaluate import evaluate as run
 
-    options: dict[str, Any] = {"horizon": horizon, "reward": reward}
-    given = {"dataset": dataset, "tool": tool, "structures": tuple(structure or ())}
+    options: dict[str, Any] = {"horizon": horizon, "reward": reward, "stop_after_repeats": stop_after_repeats}
+    options["on_unreadable"] = on_unreadable
+    given = {"dataset": dataset, "tool": tool, "structures": tuple(structure or ()), "verbs": tuple(verb or ())}
     options.update({name: value for name, value in given.items() if value})
     sys.path.insert(0, "")  # so that --policy my_module:Class finds a file beside the user
     with clean_errors(), progress_bars() as progress:
@@ -135,6 +149,9 @@ def report(
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MedSegError(f"{file} is not a summary ({error!r}); run evaluate again") from None
         print(f"report: {write_report(directory, known)}")
+
+
+app.command()(rescore)
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

@@ -33,5 +33,10 @@ def prepared() -> tuple[str, ...]:
 
 
 def weights_path(tool: str) -> Path:
-    """The folder (config.json, model.safetensors) of a tool's weights."""
+    """The folder of a tool's weights, and of the record of where they came from or lie."""
     return home() / "weights" / tool
+
+
+def embeddings_path() -> Path:
+    """The folder of the embeddings that are kept on disk."""
+    return home() / "embeddings"

@@ -15,7 +15,6 @@ from medseg_gym import tools
 from medseg_gym.errors import BadDataError, MedSegError, UnknownNameError, WeightsMissingError
 from medseg_gym.tools.base import SegmentationTool, advance, empty_state, given_state
 from medseg_gym.tools.cache import CachedTool
-from medseg_gym.tools.cards import TOOLS
 from medseg_gym.tools.conformance import check_tool
 from medseg_gym.tools.grabcut import GrabCut
 from medseg_gym.tools.stub import Stub
@@ -223,19 +222,6 @@ def test_a_given_mask_becomes_a_prior_of_plus_and_minus_ten() -> None:
     assert state.prediction is not None
     assert state.prediction.prior.ravel().tolist() == [10, 10, -10, -10]
     assert np.array_equal(state.mask, mask)
-
-
-def test_tools_list_and_download_say_what_runs_and_what_is_needed(home: Path) -> None:
-    from typer.testing import CliRunner
-
-    from medseg_gym.cli import app
-
-    listed = CliRunner().invoke(app, ["tools", "list"])
-    assert listed.exit_code == 0 and all(name in listed.output for name in TOOLS)
-    missing = CliRunner().invoke(app, ["tools", "download", "MedSAM2"])
-    assert missing.exit_code == 1 and "model.safetensors" in missing.output and str(home) in missing.output
-    assert CliRunner().invoke(app, ["tools", "download", "GrabCut"]).exit_code == 0
-    assert "did you mean 'MedSAM'" in CliRunner().invoke(app, ["tools", "download", "MedSAM3"]).output
 
 
 @pytest.mark.parametrize("answer", ["short", "array", "none"])

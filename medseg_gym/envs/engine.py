@@ -179,6 +179,7 @@ class Engine:
             "encodes": counters["encodes"],
             "cache_hits": counters["hits"],
             "cache_misses": counters["misses"],
+            "disk_hits": counters.get("disk_hits", 0),
         }
 
     def view(self, index: int) -> View:
