@@ -20,13 +20,13 @@ from medseg_gym.policies.endpoint import EndpointModel
 from medseg_gym.policies.inprocess import TransformersModel, VLLMModel
 from medseg_gym.policies.vlm import Completion, VLMPolicy
 from medseg_gym.rl.tokens import ChatTokens, TokenPrompt
-from medseg_gym.types import Click, Decision
+from medseg_gym.types import Box, Decision
 
 CASES, TURNS, TOKENS = 3, 4, 12
 # What a random model would never hit upon: the server is made to speak the protocol, so that masks change every turn.
 CALL = (
-    r'<tool_call>\n\{"name": "add_point", "arguments": \{"point_2d": \[[1-9]\d\d, [1-9]\d\d\], '
-    r'"point_type": "(positive|negative)"\}\}\n</tool_call>'
+    r'<tool_call>\n\{"name": "add_bbox", "arguments": \{"bbox_2d": '
+    r"\[[1-9]\d\d, [1-9]\d\d, [1-9]\d\d, [1-9]\d\d\]\}\}\n</tool_call>"
 )
 
 
@@ -81,7 +81,7 @@ def test_the_server_reads_our_tokens_and_says_transformers_logprobs_over_multi_t
     result, recording = play(tmp_path, guided)
     guided.close()
     assert len(recording.asked) == CASES * TURNS
-    assert all(isinstance(turn.action, Click) for episode in result.episodes for turn in episode.turns)
+    assert all(isinstance(turn.action, Box) for episode in result.episodes for turn in episode.turns)
     free = EndpointModel(server, "tiny", max_tokens=TOKENS, tell_tokens=True)
     # its log-probabilities are those after the grammar's mask, so the same chats are asked again without one
     again = [(messages, free.complete(messages, (), seed=0)) for messages, _ in recording.asked]
