@@ -71,6 +71,29 @@ class ToolFrame:
 
 
 @dataclass(frozen=True, slots=True)
+class PaddedFrame:
+    """A tool's square input of side `size`: an (H, W) image scaled to fit, top left, the rest padding."""
+
+    height: int
+    width: int
+    size: int
+
+    @property
+    def content(self) -> tuple[int, int]:
+        """Rows and columns the image fills, rounded half up as SAM rounds; never 0."""
+        scale = self.size * 1.0 / max(self.height, self.width)
+        return max(1, int(self.height * scale + 0.5)), max(1, int(self.width * scale + 0.5))
+
+    def to_tool(self, x: float, y: float) -> tuple[float, float]:
+        rows, columns = self.content
+        return x * (columns / self.width), y * (rows / self.height)
+
+    def from_tool(self, x: float, y: float) -> tuple[float, float]:
+        rows, columns = self.content
+        return x / (columns / self.width), y / (rows / self.height)
+
+
+@dataclass(frozen=True, slots=True)
 class Letterbox:
     """The S x S view of an (H, W) image: scaled to fit, centred, padded with black."""
 

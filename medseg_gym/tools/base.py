@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import numpy as np
 
 from medseg_gym.errors import BadDataError, unknown
+from medseg_gym.frames import PaddedFrame
 from medseg_gym.types import (
     Box,
     Click,
@@ -103,14 +104,19 @@ def empty_state(sample: Sample) -> MaskState:
 
 
 def given_state(tool: SegmentationTool, mask: Mask) -> MaskState:
-    """A start mask as a MaskState: its prior is 20 * mask - 10 at the tool's low resolution."""
+    """A start mask as a MaskState: its prior is 20 * mask - 10 at the tool's low resolution.
+
+    That is the whole image stretched, or for a tool that says `pads`, the image scaled to fit the top left corner.
+    """
     import cv2
 
     mask = mask.copy()
     mask.flags.writeable = False
     height, width = mask.shape
     h, w = tool.prior_shape(height, width)
-    low = cv2.resize(mask.astype(np.float32), (w, h), interpolation=cv2.INTER_AREA)
+    rows, columns = PaddedFrame(height, width, max(h, w)).content if getattr(tool, "pads", False) else (h, w)
+    low = np.zeros((h, w), np.float32)
+    low[:rows, :columns] = cv2.resize(mask.astype(np.float32), (columns, rows), interpolation=cv2.INTER_AREA)
     logits = np.where(mask, START_LOGIT, -START_LOGIT).astype(np.float32)
     prediction = Prediction(logits=logits, predicted_iou=float("nan"), prior=2 * START_LOGIT * low - START_LOGIT)
     return MaskState(prompts=(), mask=mask, prediction=prediction)

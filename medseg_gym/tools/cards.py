@@ -17,6 +17,7 @@ class ToolCard:
     licence: str = ""  # of the weights, where they come with the package
 
 
+_SAM = "medseg_gym.tools.sam"
 _SAM2 = "medseg_gym.tools.sam2"
 
 _CARDS = (
@@ -25,11 +26,17 @@ _CARDS = (
     ToolCard("SAM2.1BPlus", "SAM 2.1 base+", f"{_SAM2}:load_sam21_base", True, "SAM 2.1, Hiera-B+ encoder, 1024x1024"),
     ToolCard("SAM2.1L", "SAM 2.1 large", f"{_SAM2}:load_sam21_large", True, "SAM 2.1, Hiera-L encoder, 1024x1024"),
     ToolCard("MedSAM2", "MedSAM2", f"{_SAM2}:load_medsam2", True, "SAM 2.1 tiny tuned on medical images, 512x512"),
-    ToolCard("SAMB", "SAM ViT-B", "", True, "Segment Anything with the ViT-B encoder, 1024x1024"),
-    ToolCard("SAML", "SAM ViT-L", "", True, "Segment Anything with the ViT-L encoder, 1024x1024"),
-    ToolCard("SAMH", "SAM ViT-H", "", True, "Segment Anything with the ViT-H encoder, 1024x1024"),
-    ToolCard("MedSAM", "MedSAM", "", True, "SAM ViT-B tuned on medical images; takes boxes"),
-    ToolCard("IMISNet", "IMIS-Net", "", True, "SAM ViT-B tuned for interactive medical segmentation, 1024x1024"),
+    ToolCard("SAMB", "SAM ViT-B", f"{_SAM}:load_sam_base", True, "Segment Anything with the ViT-B encoder, 1024x1024"),
+    ToolCard("SAML", "SAM ViT-L", f"{_SAM}:load_sam_large", True, "Segment Anything with the ViT-L encoder, 1024x1024"),
+    ToolCard("SAMH", "SAM ViT-H", f"{_SAM}:load_sam_huge", True, "Segment Anything with the ViT-H encoder, 1024x1024"),
+    ToolCard("MedSAM", "MedSAM", f"{_SAM}:load_medsam", True, "SAM ViT-B tuned on medical images; takes boxes"),
+    ToolCard(
+        "IMISNet",
+        "IMIS-Net",
+        "medseg_gym.tools.imisnet:load_imisnet",
+        True,
+        "SAM ViT-B tuned for interactive medical segmentation, 1024x1024",
+    ),
     ToolCard(
         "Nano",
         "Nano",
