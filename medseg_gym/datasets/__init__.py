@@ -16,7 +16,7 @@ from medseg_gym.home import dataset_path, prepared
 
 __all__ = ["available", "load", "prepared"]
 
-_EVERY = ("kinds", "wording", "case_seed")  # what every dataset takes
+_EVERY = ("kinds", "wording", "corruption", "case_seed")  # what every dataset takes
 _loaded: dict[Any, Dataset] = {}
 
 
@@ -25,14 +25,15 @@ def load(
     *,
     kinds: Sequence[str] = (),
     wording: Sequence[str] = (),
+    corruption: str = "",
     case_seed: int = 0,
     **options: Any,
 ) -> Dataset:
     """The dataset of a name, a path of an `.h5` file, or the given object itself; one object a process and name.
 
     `kinds` are the kinds of cases it is to have (kinds.py), `wording` the families of instructions (instructions.py),
-    both drawn by `case_seed`; without them a case is as it was prepared. A store that was prepared again since the last
-    call is opened anew.
+    `corruption` what is done to its images, as "noise-3" (corruptions.py), all drawn by `case_seed`; without, a case
+    is as it was prepared. A store that was prepared again since the last call is opened anew.
     """
     if isinstance(case_seed, bool) or not isinstance(case_seed, int) or case_seed < 0:
         raise BadDataError(f"case_seed={case_seed!r}; wanted a whole number from 0 up")
@@ -45,6 +46,10 @@ def load(
         from medseg_gym.datasets.instructions import Worded
 
         data = Worded(data, wording, seed=case_seed)
+    if corruption:
+        from medseg_gym.datasets.corruptions import Corrupted
+
+        data = Corrupted(data, corruption, seed=case_seed)
     return data
 
 
