@@ -63,7 +63,7 @@ def test_constraints_pin_every_direct_requirement() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {
         re.split("==", line)[0].lower().replace("_", "-")
-        for file in ("constraints.txt", "constraints-vllm.txt")
+        for file in ("constraints.txt", "constraints-parity.txt", "constraints-vllm.txt")
         for line in (ROOT / file).read_text().splitlines()
         if "==" in line
     }

@@ -15,7 +15,8 @@ from medseg_gym.errors import BadDataError, UnknownNameError, WeightsMissingErro
 from medseg_gym.tools.base import advance, empty_state
 from medseg_gym.tools.cache import CachedTool
 from medseg_gym.tools.conformance import check_tool
-from medseg_gym.tools.sam2 import MEAN, PRIOR_LIMIT, STD, Sam2Tool, preprocess, upsample
+from medseg_gym.tools.network import upsample
+from medseg_gym.tools.sam2 import MEAN, STD, Sam2Tool, preprocess
 from medseg_gym.tools.sam2_config import random_model, resized, sam2_config, sam21_config
 from medseg_gym.types import Box, Click, Image, Prompt, Query, Sample
 
@@ -196,7 +197,7 @@ def test_the_prior_is_clamped_and_the_logits_are_not(tool: Sam2Tool) -> None:
     louder = Sam2Tool(loud)
     (embedding,) = louder.encode([image(40, 56)])
     (prediction,) = louder.predict([Query(embedding, (Click(9, 9),))])
-    assert np.abs(prediction.prior).max() == PRIOR_LIMIT < np.abs(prediction.logits).max()
+    assert np.abs(prediction.prior).max() == Sam2Tool.prior_limit < np.abs(prediction.logits).max()
 
 
 def test_multimask_answers_with_the_mask_of_largest_predicted_iou(

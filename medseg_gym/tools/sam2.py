@@ -5,91 +5,63 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from medseg_gym.errors import BadDataError, unknown
 from medseg_gym.frames import ToolFrame
-from medseg_gym.images import image_hash
-from medseg_gym.tools.base import ALL_PROMPTS, Memory, buckets, fingerprint
+from medseg_gym.tools.network import NetworkTool, Options
 from medseg_gym.tools.sam2_config import resized
-from medseg_gym.tools.weights import find_weights, state_sha256
-from medseg_gym.types import Box, Click, Embedding, Image, Logits, Prediction, Query
+from medseg_gym.tools.sam2_original import POSITION_KEYS, read_original
+from medseg_gym.tools.weights import find_weights
+from medseg_gym.types import Image, Query
 
 if TYPE_CHECKING:
     import torch
 
 Preprocess = Literal["sam2", "hf"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Engine = Literal["transformers", "sam2"]
 
-VERSION = 1  # of the pre- and postprocessing below; part of the fingerprint
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
-PRIOR_LIMIT = 32.0  # SAM 2's own predictor clamps the logits it feeds back to +-32
-GPU_BATCH = 16
-POSITION_KEYS = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
-LEVELS = ("level0", "level1", "level2")  # features at 1/4, 1/8 and 1/16 of the input's side
 
 
-class Sam2Tool:
+class Sam2Tool(NetworkTool):
     """A SAM 2.1 model. Clicks and box go in as one prompt set, with the previous low-resolution logits.
 
-    The encoder runs and embeddings are kept in `dtype`; the decoder always runs in float32, where coordinates are
-    exact. With `multimask` the answer is the one of three masks with the largest predicted IoU (the first of equals);
-    without it, the model's single mask, with its own fallback to the best of three when that mask is unstable.
+    Without `multimask` the answer is the model's single mask, with its own fallback to the best of three when that
+    mask is unstable.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        name: str = "SAM2",
-        preprocess: Preprocess = "sam2",
-        multimask: bool = True,
-        feed_prior: bool = True,
-        memory: Memory = "cumulative",
-        dtype: Dtype = "float32",
-        device: str = "cpu",
-        max_batch: int | None = None,
-    ) -> None:
-        for kind, value, known in (
-            ("preprocess", preprocess, get_args(Preprocess)),
-            ("dtype", dtype, get_args(Dtype)),
-            ("memory", memory, get_args(Memory)),
-        ):
-            if value not in known:
-                raise unknown(kind, value, known)
-        self.name = name
-        self.prompts = ALL_PROMPTS
-        self.memory: Memory = memory
-        self.size = int(model.config.prompt_encoder_config.image_size)
-        self.max_batch = max_batch if max_batch is not None else (1 if device == "cpu" else GPU_BATCH)
-        if self.max_batch < 1:
-            raise ValueError(f"max_batch is {self.max_batch}; wanted 1 or more")
-        self._preprocess, self._multimask, self._feed_prior = preprocess, multimask, feed_prior
-        self._dtype, self._device = dtype, device
-        self.fingerprint = fingerprint(
-            name,
-            version=VERSION,
-            weights=state_sha256(model.state_dict()),
-            size=self.size,
+    version = 2
+    levels = ("level0", "level1", "level2")  # features at 1/4, 1/8 and 1/16 of the input's side
+    prior_limit = 32.0  # SAM 2's own predictor clamps the logits it feeds back
+    engine: ClassVar[str] = "transformers"
+
+    def __init__(self, model: Any, *, name: str = "SAM2", preprocess: Preprocess = "sam2", **options: Any) -> None:
+        """A Sam2Model; `options` are those of network.Options."""
+        if preprocess not in get_args(Preprocess):
+            raise unknown("preprocess", preprocess, get_args(Preprocess))
+        self._preprocess = preprocess
+        super().__init__(
+            model,
+            name=name,
+            size=self.input_size(model),
+            options=Options.of(options, "name", "preprocess"),
             preprocess=preprocess,
-            multimask=multimask,
-            feed_prior=feed_prior,
-            memory=memory,
-            dtype=dtype,
+            engine=self.engine,
         )
-        self.model = model.eval().requires_grad_(False).to(device)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, size: int | None = None, **options: Any) -> Sam2Tool:
-        """The tool of a local folder with config.json and model.safetensors; nothing is fetched, no pickle is read.
+    def from_pretrained(
+        cls, path: str | Path, *, hiera: str | None = None, size: int | None = None, **options: Any
+    ) -> Sam2Tool:
+        """The tool of a local checkpoint: a folder in transformers' format or a file of the sam2 package or MedSAM2.
 
-        `size` is the input's side where it is not the checkpoint's own (MedSAM2 works at 512). A checkpoint that
-        lacks weights of the model, or has them in other shapes, raises BadDataError.
+        Nothing is fetched, no pickle is run. `hiera` says which published size a file is ("T", "S", "BPlus", "L");
+        by default its weights do. `size` is the input's side where it is not the checkpoint's own (MedSAM2 works at
+        512). Weights that are missing, left over or of other shapes raise BadDataError.
         """
-        return cls(_read_model(Path(folder), size), **options)
+        return cls(read_model(Path(path), hiera=hiera, size=size), **options)
 
     @classmethod
     def from_config(cls, config: Any, seed: int, **options: Any) -> Sam2Tool:
@@ -98,104 +70,40 @@ class Sam2Tool:
 
         return cls(random_model(config, seed), **options)
 
-    def prior_shape(self, height: int, width: int) -> tuple[int, int]:
-        """A quarter of the input's side each way, whatever the image's size."""
-        return self.size // 4, self.size // 4
+    @staticmethod
+    def input_size(model: Any) -> int:
+        return int(model.config.prompt_encoder_config.image_size)
 
-    def encode(self, images: Sequence[Image]) -> list[Embedding]:
-        """Three feature levels an image, as tensors on the tool's device; pure."""
-        import torch
+    def preprocess(self, image: Image) -> torch.Tensor:
+        return preprocess(image, self.size, self._preprocess)
 
-        embeddings: list[Embedding] = []
-        for start in range(0, len(images), self.max_batch):
-            chunk = images[start : start + self.max_batch]
-            with torch.inference_mode():
-                pixels = torch.cat([preprocess(image, self.size, self._preprocess) for image in chunk])
-                levels = self._features(pixels.to(self._device))
-            for row, image in enumerate(chunk):
-                # A slice would keep the whole batch alive behind the cache's back.
-                features = {name: level[row : row + 1].clone() for name, level in zip(LEVELS, levels, strict=True)}
-                embeddings.append(Embedding(image_hash(image), image.shape[0], image.shape[1], features))
-        return embeddings
+    def features(self, pixels: torch.Tensor) -> Sequence[torch.Tensor]:
+        return list(self.model.get_image_embeddings(pixels))
 
-    def predict(self, queries: Sequence[Query]) -> list[Prediction]:
-        """One prediction a query, in order. Queries share a forward pass if they have as many clicks, box and prior."""
-        import torch
+    def decode(
+        self,
+        levels: list[torch.Tensor],
+        points: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        boxes: torch.Tensor | None,
+        priors: torch.Tensor | None,
+        queries: Sequence[Query],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs: dict[str, Any] = {
+            "input_points": points,
+            "input_labels": labels,
+            "input_boxes": boxes,
+            "input_masks": priors,
+        }
+        output = self.model(
+            image_embeddings=levels,
+            multimask_output=self.options.multimask,
+            **{name: value[:, None] for name, value in inputs.items() if value is not None},
+        )
+        return output.pred_masks[:, 0], output.iou_scores[:, 0]
 
-        answers: dict[int, Prediction] = {}
-        with torch.inference_mode():
-            for positions, chunk in buckets(queries, self._bucket, self.max_batch):
-                answers.update(zip(positions, self._predict(chunk), strict=True))
-        return [answers[position] for position in range(len(queries))]
-
-    def _features(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        import torch
-
-        if self._dtype == "float32":
-            return list(self.model.get_image_embeddings(pixels))
-        dtype = getattr(torch, self._dtype)
-        with torch.autocast(torch.device(self._device).type, dtype=dtype):
-            return [level.to(dtype) for level in self.model.get_image_embeddings(pixels)]
-
-    def _bucket(self, query: Query) -> tuple[int, bool, bool]:
-        boxes = sum(isinstance(prompt, Box) for prompt in query.prompts)
-        if not query.prompts or boxes > 1:
-            raise ValueError(f"{self.name} needs one prompt or more and at most one box; got {query.prompts}")
-        return len(query.prompts) - boxes, boxes == 1, self._feed_prior and query.prior is not None
-
-    def _predict(self, queries: list[Query]) -> list[Prediction]:
-        """One forward pass over queries of one bucket: no padding of prompts anywhere."""
-        import torch
-
-        clicks, box, prior = self._bucket(queries[0])
-        inputs: dict[str, Any] = {}
-        if clicks:
-            given = [[p for p in query.prompts if isinstance(p, Click)] for query in queries]
-            points = [
-                [self._frame(query).to_tool(p.x, p.y) for p in row] for query, row in zip(queries, given, strict=True)
-            ]
-            labels = [[int(p.positive) for p in row] for row in given]
-            inputs["input_points"] = self._tensor(points)[:, None]
-            inputs["input_labels"] = torch.tensor(labels, dtype=torch.int64, device=self._device)[:, None]
-        if box:
-            corners = [
-                [*self._frame(query).to_tool(p.x1, p.y1), *self._frame(query).to_tool(p.x2, p.y2)]
-                for query in queries
-                for p in query.prompts
-                if isinstance(p, Box)
-            ]
-            inputs["input_boxes"] = self._tensor(corners)[:, None]
-        if prior:
-            inputs["input_masks"] = self._tensor(np.stack([self._prior(query) for query in queries]))[:, None]
-        levels = [torch.cat([q.embedding.features[name] for q in queries]).float() for name in LEVELS]
-        output = self.model(image_embeddings=levels, multimask_output=self._multimask, **inputs)
-        scores, masks = output.iou_scores[:, 0].float(), output.pred_masks[:, 0].float()
-        rows = torch.arange(len(queries), device=masks.device)
-        best = scores.argmax(dim=1)
-        chosen, ious = masks[rows, best], scores[rows, best].tolist()
-        return [
-            Prediction(
-                logits=upsample(low, query.embedding.height, query.embedding.width),
-                predicted_iou=iou,
-                prior=low.clamp(-PRIOR_LIMIT, PRIOR_LIMIT).cpu().numpy(),
-            )
-            for query, low, iou in zip(queries, chosen, ious, strict=True)
-        ]
-
-    def _frame(self, query: Query) -> ToolFrame:
-        return ToolFrame(query.embedding.height, query.embedding.width, self.size)
-
-    def _prior(self, query: Query) -> Logits:
-        wanted = self.prior_shape(query.embedding.height, query.embedding.width)
-        assert query.prior is not None
-        if query.prior.shape != wanted:
-            raise ValueError(f"{self.name}'s prior is {query.prior.shape}; wanted {wanted}, the shape it answers with")
-        return query.prior
-
-    def _tensor(self, values: Any) -> torch.Tensor:
-        import torch
-
-        return torch.tensor(values, dtype=torch.float32, device=self._device)
+    def frame(self, height: int, width: int) -> ToolFrame:
+        return ToolFrame(height, width, self.size)
 
 
 def preprocess(image: Image, size: int, how: Preprocess = "sam2") -> torch.Tensor:
@@ -217,16 +125,12 @@ def preprocess(image: Image, size: int, how: Preprocess = "sam2") -> torch.Tenso
     return pixels.sub_(mean).div_(std)
 
 
-def upsample(low: torch.Tensor, height: int, width: int) -> Logits:
-    """The (H, W) float32 logits of (h, w) low-resolution ones, bilinear."""
-    from torch.nn.functional import interpolate
-
-    logits = interpolate(low[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
-    return np.array(logits.cpu().numpy())
+def read_model(path: Path, *, hiera: str | None = None, size: int | None = None) -> Any:
+    """The Sam2Model of a folder or of an original file, in float32; complete, or BadDataError."""
+    return _read_folder(path, size) if path.is_dir() else read_original(path, hiera, size or 1024)
 
 
-def _read_model(folder: Path, size: int | None) -> Any:
-    """The Sam2Model of a folder, complete or BadDataError."""
+def _read_folder(folder: Path, size: int | None) -> Any:
     import torch
     from transformers import Sam2Config, Sam2Model
 
@@ -262,34 +166,33 @@ def _read_model(folder: Path, size: int | None) -> Any:
 
 def load_checkpoint(
     name: str,
+    hiera: str,
     *,
     size: int,
     weights: str | Path | None = None,
+    engine: Engine = "transformers",
     preprocess: Preprocess = "sam2",
-    multimask: bool = True,
-    feed_prior: bool = True,
-    memory: Memory = "cumulative",
-    dtype: Dtype = "float32",
-    device: str = "cpu",
-    max_batch: int | None = None,
+    **options: Any,
 ) -> Sam2Tool:
-    """A tool of the catalogue from its checkpoint in the data home, or from the folder `weights`."""
-    return Sam2Tool.from_pretrained(
-        find_weights(name, weights),
-        size=size,
-        name=name,
-        preprocess=preprocess,
-        multimask=multimask,
-        feed_prior=feed_prior,
-        memory=memory,
-        dtype=dtype,
-        device=device,
-        max_batch=max_batch,
-    )
+    """A tool of the catalogue, from its weights in the data home or from the folder or file `weights`.
+
+    `engine` is the library that runs the network; `options` are those of network.Options.
+    """
+    Options.of(options, "size", "weights", "engine", "preprocess")  # before weights are looked for and read
+    if engine not in get_args(Engine):
+        raise unknown("engine", engine, get_args(Engine))
+    kind = Sam2Tool
+    if engine == "sam2":
+        from medseg_gym.tools.sam2_package import Sam2PackageTool, check_installed
+
+        check_installed()
+        kind = Sam2PackageTool
+    path = find_weights(name, weights)
+    return kind.from_pretrained(path, hiera=hiera, size=size, name=name, preprocess=preprocess, **options)
 
 
-load_sam21_tiny = partial(load_checkpoint, "SAM2.1T", size=1024)
-load_sam21_small = partial(load_checkpoint, "SAM2.1S", size=1024)
-load_sam21_base = partial(load_checkpoint, "SAM2.1BPlus", size=1024)
-load_sam21_large = partial(load_checkpoint, "SAM2.1L", size=1024)
-load_medsam2 = partial(load_checkpoint, "MedSAM2", size=512)
+load_sam21_tiny = partial(load_checkpoint, "SAM2.1T", "T", size=1024)
+load_sam21_small = partial(load_checkpoint, "SAM2.1S", "S", size=1024)
+load_sam21_base = partial(load_checkpoint, "SAM2.1BPlus", "BPlus", size=1024)
+load_sam21_large = partial(load_checkpoint, "SAM2.1L", "L", size=1024)
+load_medsam2 = partial(load_checkpoint, "MedSAM2", "T", size=512)

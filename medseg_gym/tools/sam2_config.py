@@ -85,11 +85,14 @@ def random_model(config: Any, seed: int) -> Any:
         torch.manual_seed(seed)
         model: Any = Sam2Model(config)
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and name.endswith("weight") and "embed" not in name and "token" not in name:
+            # cross_attn_token_to_image is no token: weights of deviation 1 there make attention pick single positions,
+            # and a rounding error of 1e-6 in the prior grows to 1e-2 of the logits.
+            token = name.endswith(("token.weight", "tokens.weight"))
+            if parameter.ndim > 1 and name.endswith("weight") and "embed" not in name and not token:
                 fan_in = parameter[0].numel() if "upscale_conv" not in name else parameter.shape[0]
                 parameter.normal_(0, (2 / fan_in) ** 0.5)
             elif parameter.ndim > 1:
-                parameter.normal_(0, 1 if "token" in name or "point" in name else 0.5)
+                parameter.normal_(0, 1 if token or "point" in name else 0.5)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)
         # The mask is a product of two random vectors; this brings its logits to the scale of trained ones.
