@@ -59,15 +59,27 @@ def imports() -> dict:
     return row
 
 
-def tools() -> dict:
-    """Cached actions against encoding at every action, with SAM 2.1 tiny at full size and random weights."""
-    from medseg_gym.bench.throughput_tools import measure_cache
+def tools() -> list[dict]:
+    """Ways of asking SAM 2.1 tiny (full size, random weights), on the CPU, and on a GPU where there is one."""
+    import torch
 
-    row = measure_cache()
-    print("SAM2.1T, random weights, CPU")
-    for name, value in row.items():
-        print(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")
-    return row
+    from medseg_gym.bench.throughput_tools import measure_tools
+
+    rows = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        row = measure_tools(device=device)
+        if device == "cuda":
+            row["gpu"] = torch.cuda.get_device_name()
+        rows.append(row)
+        print(f"{row['tool']}, {device}, images of {row['side']} pixels")
+        print(f"  encode {row['encode_s']:.3f} s, decode {row['decode_s']:.4f} s")
+        for name, value in row["actions_per_s"].items():
+            print(f"  {name:16} {value:9.3f} actions a second")
+        print(f"  warm is {row['gain']:.1f} times encode_always, {row['share_of_limit']:.2f} of the limit (wanted: .9)")
+        print(
+            f"  the server adds {row['server_added_s'] * 1000:.1f} ms an action, {row['server_share']:.1%} of a decode"
+        )
+    return rows
 
 
 if __name__ == "__main__":
