@@ -6,7 +6,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PINNED := pyproject.toml constraints.txt
 DEMO ?= runs/demo
 
-.PHONY: help demo test test-fast test-newest test-vllm test-parity check format clean
+.PHONY: help demo test test-fast test-newest test-vllm test-parity check soak format clean
 
 help:
 	@echo "make demo         install, evaluate the scripted baselines, write $(DEMO)/report.html"
@@ -94,6 +94,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What takes too long for every change; by hand, with the results kept.
+soak: $(VENV)/.dev
+	MEDSEG_GYM_FUZZ=1000000 $(BIN)/python -m pytest -q tests/test_protocol_fuzz.py
+	$(BIN)/python benchmarks/exploits.py --horizon 20
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import string
 import sys
@@ -97,6 +98,9 @@ def check(decision: Decision, protocol: ChatProtocol, grid: Grid, text: str) -> 
     return True
 
 
+COUNT = int(os.environ.get("MEDSEG_GYM_FUZZ", "20000"))
+
+
 def fuzz(count: int, seed: int) -> tuple[int, int, float]:
     """(readable, unreadable, slowest parse in CPU seconds) of `count` completions, each read by one protocol."""
     rng, readable, slowest = random.Random(seed), 0, 0.0
@@ -116,11 +120,12 @@ def fuzz(count: int, seed: int) -> tuple[int, int, float]:
     return readable, count - readable, slowest
 
 
-def test_twenty_thousand_hostile_completions_give_decisions() -> None:
-    """Both outcomes are common: the mutations reach beyond the first check."""
-    readable, unreadable, _ = fuzz(20_000, seed=7)
-    assert readable + unreadable == 20_000
-    assert min(readable, unreadable) > 2_000
+@pytest.mark.timeout(0 if COUNT > 20_000 else 300)
+def test_thousands_of_hostile_completions_give_decisions() -> None:
+    """Both outcomes are common: the mutations reach beyond the first check. `make soak` asks a million."""
+    readable, unreadable, _ = fuzz(COUNT, seed=7)
+    assert readable + unreadable == COUNT
+    assert min(readable, unreadable) > COUNT / 10
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: f"{p.name}-{len(p.verbs)}")
