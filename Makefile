@@ -105,4 +105,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-parity runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-parity $(VENV)-vllm runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

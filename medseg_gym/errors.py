@@ -34,6 +34,10 @@ class PolicyUnavailableError(MedSegError):
     """Whoever answers for the policy is gone: the run ends here, and the same command goes on with it later."""
 
 
+class ToolUnavailableError(MedSegError):
+    """The tool's server or actor is gone, or is another's now: the run ends here, and the same command goes on."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
     """The error for an unknown name, with the closest known ones."""
     names = sorted(known)

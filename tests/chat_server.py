@@ -10,7 +10,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = str | int | bytes | None  # words, an HTTP status, a raw body, or a dropped connection
+Reply = str | int | bytes | tuple[int, bytes] | None  # words, a status, a raw body, both, or a dropped connection
 
 
 def digest(messages: list[dict[str, Any]]) -> str:
@@ -41,6 +41,8 @@ class ChatServer:
                     return
                 if isinstance(reply, int):
                     self._send(reply, json.dumps({"error": {"message": f"made up {reply}"}}).encode())
+                elif isinstance(reply, tuple):
+                    self._send(*reply)
                 elif isinstance(reply, bytes):
                     self._send(200, reply)
                 else:

@@ -32,6 +32,7 @@ class Site:
     ranges: bool = True  # whether it knows Range
     cut_after: list[int] = field(default_factory=list)  # bytes of the body sent before the connection is cut, a request
     status: list[int] = field(default_factory=list)  # errors answered first
+    lengths: bool = True  # whether it tells how long its answers are
     elsewhere: bool = False  # whether /a only sends on to /b
     requests: list[tuple[str, str]] = field(default_factory=list)
     address: str = ""
@@ -62,8 +63,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(site.content) - 1}/{len(site.content)}")
-        self.send_header("Content-Length", str(len(site.content) - start))
+            length = len(site.content) if site.lengths else "*"
+            self.send_header("Content-Range", f"bytes {start}-{len(site.content) - 1}/{length}")
+        if site.lengths:
+            self.send_header("Content-Length", str(len(site.content) - start))
         self.end_headers()
         stop = start + site.cut_after.pop(0) if site.cut_after else len(site.content)
         self.wfile.write(site.content[start:stop])
@@ -123,6 +126,13 @@ def test_a_download_is_recorded_with_its_place_and_checksum(site: Site) -> None:
 
 
 def test_a_connection_cut_midway_is_taken_up_where_it_was_cut(site: Site) -> None:
+    site.cut_after = [100_000, 70_001]
+    assert download("MedSAM2", wait=0).read_bytes() == CONTENT
+    assert [wanted for _, wanted in site.requests] == ["", "bytes=100000-", "bytes=170001-"]
+
+
+def test_a_cut_is_no_end_where_a_server_does_not_tell_the_length(site: Site) -> None:
+    site.lengths = False
     site.cut_after = [100_000, 70_001]
     assert download("MedSAM2", wait=0).read_bytes() == CONTENT
     assert [wanted for _, wanted in site.requests] == ["", "bytes=100000-", "bytes=170001-"]

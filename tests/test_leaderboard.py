@@ -134,6 +134,16 @@ def test_another_tool_behind_the_same_name_is_refused(tmp_path: Path) -> None:
     assert refused.state == "refused" and "other tool" in refused.note
 
 
+def test_other_data_behind_the_same_name_is_refused(tmp_path: Path) -> None:
+    run_suite("tiny", ["BoxOnce"], out=tmp_path)
+    (folder,) = find_runs(tmp_path)
+    settings = json.loads((folder / "run.json").read_text())
+    settings["datasets"] = dict.fromkeys(settings["datasets"], "another content")
+    (folder / "run.json").write_text(json.dumps(settings))
+    (outcome,) = run_suite("tiny", ["BoxOnce"], out=tmp_path)
+    assert outcome.state == "refused" and "other data" in outcome.note
+
+
 def test_a_policy_that_cannot_play_is_refused_and_the_others_go_on(tmp_path: Path) -> None:
     first, second = run_suite("tiny", ["OracleClick", "BoxOnce"], out=tmp_path)
     assert (first.state, second.state) == ("refused", "played")

@@ -14,7 +14,7 @@ from medseg_gym.bench.leaderboard import build
 from medseg_gym.bench.leaderboard_cross import TABLE_2, TABLE_9, cross_tables
 from medseg_gym.bench.leaderboard_page import page
 from medseg_gym.bench.leaderboard_read import Case, Played, Skipped
-from medseg_gym.bench.leaderboard_tables import is_ceiling, results_of, sees_target
+from medseg_gym.bench.leaderboard_tables import _Group, is_ceiling, results_of, sees_target
 from medseg_gym.bench.leaderboard_text import distance, interval, markdown, number, signed
 from medseg_gym.bench.statistics import Interval
 from medseg_gym.bench.suites import Entry, Suite, suite
@@ -103,6 +103,12 @@ def test_the_table_of_two_agents_on_two_datasets_worked_by_hand() -> None:
     assert agent.difference.mean == pytest.approx(-0.35)
     assert (oracle.rank, agent.rank) == (1, 2)  # the oracle's .9 lies above .854
     assert (agent.cases, agent.patients) == (4, 4)
+
+
+def test_numbers_without_an_interval_are_averaged_by_modality_too() -> None:
+    """Two datasets of one modality and one of another: (mean(.3, .8) + .2) / 2, not the mean of three."""
+    group = _Group({}, {}, {}, {"a": "CT", "b": "CT", "c": "MRI"}, 5)
+    assert group.chain({"a": 0.3, "b": 0.8, "c": 0.2}) == pytest.approx(0.375)
 
 
 def test_overlapping_intervals_share_a_rank() -> None:

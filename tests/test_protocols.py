@@ -134,6 +134,7 @@ def test_medsam_agent_reads(text: str, action: Action) -> None:
     [
         ("", "no <tool_call> was found"),
         ('{"name": "stop_action", "arguments": {}}', "no <tool_call> was found"),
+        ("<think>" + call("stop_action") + "</think> Done.", "no <tool_call> was found"),  # weighed, not said
         ('<tool_call>{"name": "stop_action"}', "not closed"),
         ("<tool_call>stop_action</tool_call>" + call("stop_action"), "no JSON"),  # the first, well formed or not
         ("<tool_call>[1]</tool_call>", '"name" and "arguments"'),

@@ -346,6 +346,14 @@ def test_catalogue_tools_load_from_folders(folder: Path, tool: SamTool) -> None:
         tools.load("SAMB", weights=folder, multimasks=True)
 
 
+@pytest.mark.parametrize("tool", ["SAMB", "MedSAM"])
+def test_a_folder_of_another_published_size_is_not_taken_for_the_tools(tmp_path: Path, tool: str) -> None:
+    published("H").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # its config is enough
+    with pytest.raises(BadDataError, match=r"is SAM's size H, wanted B; name the tool of that size"):
+        tools.load(tool, weights=tmp_path)
+
+
 def test_a_folder_with_holes_is_refused(folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -249,6 +249,13 @@ def test_half_precision_halves_the_embedding_and_stays_close(tool: Sam2Tool) -> 
     assert 0 < np.abs(a.logits - b.logits).mean() < 0.2 * np.abs(a.logits).mean()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_on_a_cpu_half_precision_is_the_float32_embedding_rounded(tool: Sam2Tool, dtype: Any) -> None:
+    """A CPU's encoder takes ten times as long in float16, which `tools embed --dtype float16` is not to pay."""
+    (full,), (half,) = (t.encode([image(40, 56)]) for t in (tool, Sam2Tool(tool.model, dtype=dtype)))
+    assert all(torch.equal(full.features[name].to(getattr(torch, dtype)), half.features[name]) for name in tool.levels)
+
+
 def test_the_two_preprocessings_differ_by_a_grey_level_at_most() -> None:
     pixels = image(50, 70)
     std = torch.tensor(STD).view(1, 3, 1, 1)
@@ -347,6 +354,13 @@ def test_a_checkpoint_with_holes_is_refused(tool: Sam2Tool, tmp_path: Path, dama
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadDataError, match=r"not a whole SAM 2.1 checkpoint.*mask_decoder\.iou_token\.weight"):
         Sam2Tool.from_pretrained(tmp_path)
+
+
+def test_a_folder_of_another_published_size_is_not_taken_for_the_tools(tmp_path: Path) -> None:
+    sam21_config("S").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # its config is enough
+    with pytest.raises(BadDataError, match=r"is SAM 2\.1's size S, wanted T; name the tool of that size"):
+        tools.load("SAM2.1T", weights=tmp_path)
 
 
 def test_a_pickle_checkpoint_is_not_read(tool: Sam2Tool, tmp_path: Path) -> None:

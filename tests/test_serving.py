@@ -17,14 +17,14 @@ from conftest import Blobs
 
 from medseg_gym import tools
 from medseg_gym.bench.evaluate import evaluate
-from medseg_gym.errors import MedSegError
+from medseg_gym.errors import MedSegError, ToolUnavailableError
 from medseg_gym.images import image_hash
 from medseg_gym.tools.base import SegmentationTool
 from medseg_gym.tools.cache import CachedTool
 from medseg_gym.tools.conformance import check_tool, example_images, example_queries
 from medseg_gym.tools.serving.client import RemoteTool
 from medseg_gym.tools.serving.limits import Limits
-from medseg_gym.tools.serving.remote import PIXELS, RefusedError, ServerError, ToolChangedError
+from medseg_gym.tools.serving.remote import PIXELS, RefusedError, ServerError, ToolChangedError, UnreachableError
 from medseg_gym.tools.serving.server import running
 from medseg_gym.tools.stub import Stub
 from medseg_gym.types import Box, Click, Embedding, Image, Prediction, Query
@@ -157,6 +157,22 @@ def test_an_image_is_sent_and_encoded_once_whoever_asks() -> None:
         assert uploads == [image_hash(image)] and tool.encoded == 1
 
 
+def test_many_images_are_encoded_a_few_batches_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    plain = RemoteTool._encode
+
+    def counted(self: RemoteTool, names: Sequence[str]) -> str:
+        asked.append(len(names))
+        return plain(self, names)
+
+    monkeypatch.setattr(RemoteTool, "_encode", counted)
+    tool = Noisy(max_batch=1)
+    with running(CachedTool(tool)) as (url, _):
+        RemoteTool(url).encode([random_image(seed) for seed in range(10)])
+    assert tool.encoded == 10
+    assert max(asked) == 4
+
+
 def test_priors_stay_on_the_server_by_handle_and_travel_where_they_must() -> None:
     tool = Noisy()
     image = random_image(3)
@@ -276,6 +292,33 @@ def test_a_restarted_server_is_asked_again_and_gets_what_it_lost() -> None:
     with running(CachedTool(Noisy()), port=port):
         prompts = Box(2, 2, 9, 9), Click(0, 1, False)
         assert same([first, *remote.predict([Query(embedding, prompts, first.prior)])], wanted[:2])
+
+
+def test_a_run_whose_server_is_gone_ends_and_goes_on_when_it_is_back(blobs: Blobs, tmp_path: Any) -> None:
+    """A dead server fails no case: the remaining ones would stand in the results as zeros for good."""
+
+    settings: dict[str, Any] = {
+        "dataset": blobs,
+        "tool_options": {"retries": 0},
+        "cases": 6,
+        "num_envs": 2,
+        "report": False,
+    }
+    with running(CachedTool(Stub())) as (url, _):
+        remote: Any = tools.load(url, retries=0).tool
+        answer, calls = remote._predict, iter(range(99))
+
+        def predict(*asked: Any) -> Any:
+            if next(calls) == 5:
+                raise UnreachableError("no tool server answers")
+            return answer(*asked)
+
+        remote._predict = predict
+        with pytest.raises(ToolUnavailableError, match="no tool server answers"):
+            evaluate("MedSeg-v0", "OracleClicks", out=tmp_path / "run", tool=url, **settings)
+        found = evaluate("MedSeg-v0", "OracleClicks", out=tmp_path / "run", tool=url, **settings)
+    assert [episode.ended == "failed" for episode in found.episodes] == [False] * 6
+    assert next(calls) > 9
 
 
 def test_no_server_and_no_address_are_told() -> None:

@@ -224,3 +224,14 @@ def test_a_query_without_prompts_only_encodes(tool: Held) -> None:
 def test_impossible_settings_are_refused(bad: dict[str, int], tool: Held) -> None:
     with pytest.raises(ValueError, match="wanted 1, 0, 1 or more"):
         Batcher(tool, **bad)  # type: ignore[arg-type]
+
+
+def test_one_at_a_time_remembers_no_clients() -> None:
+    """Every connection is a client of its own, so that a server of many days would fill up with them."""
+    batcher = Batcher(Stub(max_batch=1))
+    for number in range(20):
+        asked = job(f"client {number}", 1)
+        batcher.submit([asked])
+        asked.answer.result(30)
+    batcher.close(30)
+    assert not batcher._recent

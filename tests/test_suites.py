@@ -56,6 +56,7 @@ def test_the_papers_21_datasets_with_its_three_tools_and_five_actions() -> None:
     assert {entry.tool for entry in entries} == {"SAM2.1BPlus", "MedSAM2", "IMISNet"}
     assert len(entries) == 63
     assert {entry.horizon for entry in entries} == {5}
+    assert {entry.options["verbs"] for entry in entries} == {("positive", "negative", "box", "stop")}  # no undo
     modalities = [entry.modality for entry in entries if entry.tool == "MedSAM2"]
     assert {kind: modalities.count(kind) for kind in dict.fromkeys(modalities)} == {
         "CT": 6,

@@ -235,6 +235,14 @@ def text_for_a_number(lines: Lines) -> None:
     lines[0]["seed"] = "0"
 
 
+def huge_number(lines: Lines) -> None:
+    lines[0]["iou"][1] = 10**400  # no float holds it
+
+
+def seed_below_0(lines: Lines) -> None:
+    lines[0]["seed"] = -5
+
+
 def stranger(lines: Lines) -> Lines:
     return [*lines, {**lines[0], "policy": "Nobody", "env": "MedSeg-Elsewhere-v0"}]
 
@@ -260,6 +268,8 @@ TAMPERING = [
     (broken_mask, "tampered", "mask", "OracleBoxThenClicks", 0),
     (huge_mask, "tampered", "mask", "OracleBoxThenClicks", 0),
     (text_for_a_number, "tampered", "seed", "", None),
+    (huge_number, "tampered", "curves", "OracleBoxThenClicks", 0),
+    (seed_below_0, "tampered", "seed", "", None),
     (stranger, "tampered", "case", "Nobody", 0),
 ]
 
@@ -301,6 +311,19 @@ def test_an_edited_mean_of_the_summary_is_found(copied: Path) -> None:
     edit(copied, "summary.json", lambda s: s["rows"][1].update(dice=s["rows"][1]["dice"] + 1e-4))
     (finding,) = verify(copied).findings
     assert (finding.kind, finding.what, finding.policy) == ("tampered", "summary.json: dice", "Random")
+
+
+def test_a_number_too_large_for_a_float_is_a_finding_not_a_crash(copied: Path) -> None:
+    edit(copied, "summary.json", lambda s: s["rows"][1].update(dice=10**400))
+    assert kinds(verify(copied)) == {"summary.json: dice"}
+
+
+def test_a_click_outside_the_image_is_a_finding_where_the_reward_looks_at_clicks(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"reward": "ibis", "dataset_options": {"size": 48}}
+    evaluate(ENV, "OracleClicks", out=tmp_path, cases=2, report=False, **options)
+    rewrite(tmp_path, lambda lines: lines[0]["turns"][0]["action"].update(x=-3))
+    report = verify(tmp_path)
+    assert report.verdict == "tampered" and "action" in kinds(report)
 
 
 def test_a_seed_changed_everywhere_is_found_by_the_cases_and_by_what_the_policy_draws(copied: Path) -> None:
@@ -364,6 +387,15 @@ def test_another_dataset_under_the_same_name_is_named(copied: Path) -> None:
     assert report.verdict == "different" and kinds(report) == {"dataset"}
 
 
+def test_an_easier_dataset_or_tool_under_anothers_env_is_found(copied: Path) -> None:
+    for name in ("run.json", "summary.json", "times.json", "episodes.jsonl"):
+        text = (copied / name).read_text()
+        (copied / name).write_text(text.replace(ENV, "MedSeg-BTCV-IMISNet-v0"))
+    report = verify(copied)
+    assert report.verdict == "tampered" and kinds(report) == {"env"}
+    assert report.findings[0].wanted == ENV
+
+
 def test_cut_off_and_missing_files_are_incomplete(copied: Path) -> None:
     file = copied / "episodes.jsonl"
     data = file.read_bytes()
@@ -393,6 +425,7 @@ def test_gzipped_episodes_are_read(copied: Path) -> None:
         lambda r: r.update(pairs=[[ENV]]),
         lambda r: r["envs"][ENV].update(horizon="__import__('os').getcwd()"),
         lambda r: r["rewards"].update({ENV: {"terms": {"nonsense": 1.0}}}),
+        lambda r: r["rewards"][ENV]["terms"].update(quality=10**400),
         lambda r: r.update(cases="all"),
     ],
 )

@@ -127,6 +127,13 @@ def test_a_pickle_with_code_is_refused_by_name_and_its_code_does_not_run(tmp_pat
     (tmp_path / "bare.pth").write_bytes(pickle.dumps(Bomb(trap), 2))
     with pytest.raises(BadDataError, match=r"bare\.pth"):
         read_state(tmp_path / "bare.pth")
+    (tmp_path / "new.pth").write_bytes(pickle.dumps(Bomb(trap), 4))
+    with (
+        pytest.warns(UserWarning, match="protocol 4"),
+        pytest.raises(BadDataError, match="Unsupported operand") as told,
+    ):
+        read_state(tmp_path / "new.pth")
+    assert "`weights_only` set to `False`" not in str(told.value)  # torch's advice, and the one thing not to do
     assert not trap.exists()
     pickle.loads(pickle.dumps(Bomb(trap)))  # it would have
     assert trap.exists()
@@ -138,6 +145,9 @@ def test_damaged_and_strange_files_are_refused_with_the_reason(tmp_path: Path) -
     (tmp_path / "cut.safetensors").write_bytes(b"\x10" + bytes(30))
     (tmp_path / "page.pt").write_text("<!DOCTYPE html><html>sign in to download</html>")
     (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.pt").write_text("hello\n")
+    with pytest.raises(BadDataError, match="neither PyTorch's archive nor a pickle"):
+        read_state(tmp_path / "text.pt")
     for name in ("cut.pt", "cut.safetensors", "page.pt", "empty.pth"):
         with pytest.raises(BadDataError, match=name.replace(".", r"\.")):
             read_state(tmp_path / name)
@@ -154,6 +164,15 @@ def test_damaged_and_strange_files_are_refused_with_the_reason(tmp_path: Path) -
 
 
 # --- where they come from
+
+
+def test_an_archive_that_would_unpack_to_far_more_is_refused_unread(tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(20_000_000))
+    with pytest.raises(BadDataError, match="refused, an archive of .* bytes that unpacks to 20000000"):
+        read_state(tmp_path / "bomb.pt")
 
 
 def test_every_tool_with_weights_has_a_source_at_a_fixed_revision_with_a_checksum_or_a_way_by_hand() -> None:
@@ -260,6 +279,8 @@ def test_register_loads_the_tool_once_and_what_does_not_load_is_not_recorded(tmp
     assert not (tmp_path / "sprung").exists() and records.read("MedSAM2") is None
     with pytest.raises(BadDataError, match="several|no config"):
         register.register("MedSAM2", tmp_path)
+    with pytest.raises(BadDataError, match=r"nowhere\.pt does not exist; register takes"):
+        register.register("MedSAM2", tmp_path / "nowhere.pt")
     with pytest.raises(WeightsMissingError, match="Stub needs no weights"):
         register.register("Stub", tiny)
     record = register.register("MedSAM2", tiny)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg_gym.envs.vector import SegmentVectorEnv
-from medseg_gym.errors import InvalidActionError, MedSegError, PolicyUnavailableError
+from medseg_gym.errors import InvalidActionError, MedSegError, PolicyUnavailableError, ToolUnavailableError
 from medseg_gym.policies.base import LaterPolicy, Policy
 from medseg_gym.types import Action, Decision, Episode, Unreadable, View
 
@@ -52,8 +52,8 @@ def drive(
     """Plays the cases (positions in `keys`) in all slots at once; an episode depends on its case and seed alone.
 
     `env` needs AutoresetMode.DISABLED and on_error="fail". A policy's exception fails the episode it was asked about,
-    but for PolicyUnavailableError, which ends the run. A LaterPolicy is asked about every slot as soon as that slot has
-    a view, and whichever answers first goes on first.
+    but for PolicyUnavailableError, which ends the run as ToolUnavailableError does. A LaterPolicy is asked about every
+    slot as soon as that slot has a view, and whichever answers first goes on first.
     """
     waiting = list(cases)[::-1]
     order = list(cases)
@@ -97,6 +97,8 @@ def _begin(env: SegmentVectorEnv, slot: int, key: str) -> str:
     """Begins a case in a slot; what is wrong with the case where it cannot be read, else the empty text."""
     try:
         env.engine.reset(slot, np.random.default_rng(0), {"sample": key})
+    except ToolUnavailableError:  # a start mask asks the tool for its prior's shape
+        raise
     except MedSegError as error:
         return f"case: {error}"
     return ""
@@ -148,7 +150,7 @@ def _later(
     """Asks about every slot that waits for nothing yet, then gives the answers that are there, at least one."""
     for slot in slots:
         if running[slot].answer is None:
-            running[slot].answer = policy.submit(_view(env, slot, running), running[slot].rng)
+            running[slot].answer = _submitted(policy, _view(env, slot, running), running[slot].rng)
     answers = {slot: answer for slot in slots if (answer := running[slot].answer) is not None}
     wait(answers.values(), return_when=FIRST_COMPLETED)
     decisions: dict[int, Decision | Exception] = {}
@@ -197,6 +199,16 @@ def _act_alone(policy: Policy, view: View, rng: np.random.Generator) -> Decision
         return error
 
 
+def _submitted(policy: LaterPolicy, view: View, rng: np.random.Generator) -> Future[Decision]:
+    """The answer to come; an exception that `submit` itself raises is the answer."""
+    try:
+        return policy.submit(view, rng)
+    except Exception as error:
+        failed: Future[Decision] = Future()
+        failed.set_exception(error)
+        return failed
+
+
 def _answered(policy: LaterPolicy, answer: Future[Decision]) -> Decision | Exception:
     try:
         return _checked(policy, answer.result())
@@ -223,7 +235,12 @@ def _sums(decisions: Sequence[Decision]) -> dict[str, float]:
 
 
 def _place(error: Exception) -> str:
-    """Where an exception was raised, as " (file.py:12)": enough to find it, and the same on every machine."""
+    """Where an exception was raised, as " (file.py:12)": enough to find it, and the same on every machine.
+
+    Nothing for errors that were worded for users: they say what is wrong by themselves.
+    """
+    if isinstance(error, MedSegError):
+        return ""
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 

@@ -6,6 +6,7 @@ import json
 import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -78,18 +79,21 @@ def evaluate(
         if name in options and any(env_id != ANY for env_id in envs):
             raise MedSegError(f"{name}= goes with the env {ANY}; the others have theirs in their id: {', '.join(envs)}")
     options.setdefault("on_error", "fail")
-    pairs: list[_Pair] = []
-    notes: list[str] = []
-    for made in (_make(name, num_envs, split, options) for name in dict.fromkeys(envs)):
-        env_id = made.name
-        keys, more = choose_cases(made.dataset, split, made.engine.config.structures, cases, seed)
-        notes += more
-        for spec in wanted:
-            ready = policy_registry.make(spec, made)
-            pairs.append(_Pair(made, env_id, ready, ready.name, keys))
-    _check_labels(pairs)
-    run = RunDir(Path(out), _settings(pairs, cases, seed, split), restart=restart)
-    try:
+    with ExitStack() as opened:  # the run's files; models and connections of the policies made here
+        pairs: list[_Pair] = []
+        notes: list[str] = []
+        for made in (_make(name, num_envs, split, options) for name in dict.fromkeys(envs)):
+            env_id = made.name
+            keys, more = choose_cases(made.dataset, split, made.engine.config.structures, cases, seed)
+            notes += more
+            for spec in wanted:
+                ready = policy_registry.make(spec, made)
+                if isinstance(spec, str) and callable(close := getattr(ready, "close", None)):
+                    opened.callback(close)
+                pairs.append(_Pair(made, env_id, ready, ready.name, keys))
+        _check_labels(pairs)
+        run = RunDir(Path(out), _settings(pairs, cases, seed, split), restart=restart)
+        opened.callback(run.close)
         _check_resumed(run, pairs)
         for pair in pairs:
             _play(pair, run, seed, progress)
@@ -102,8 +106,6 @@ def evaluate(
 
             page = write_report(run.path, {pair.env_id: pair.env.dataset for pair in pairs})
         return Evaluation(summary, tuple(run.episodes), run.path, page)
-    finally:
-        run.close()
 
 
 def _make(env_id: str, num_envs: int, split: str, options: Mapping[str, Any]) -> SegmentVectorEnv:

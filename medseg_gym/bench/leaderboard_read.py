@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from medseg_gym.bench import suites
 from medseg_gym.bench.leaderboard_run import MEASURES, PROVENANCE
-from medseg_gym.bench.runs import find_runs, read_record, read_run
+from medseg_gym.bench.runs import Run, find_runs, read_record, read_run
 from medseg_gym.bench.suites import Entry
 from medseg_gym.bench.summary import curves
+from medseg_gym.bench.verify_episode import well_formed
+from medseg_gym.bench.verify_findings import Finding
+from medseg_gym.bench.verify_run import check_list, check_settings
+from medseg_gym.bench.verify_suite import check_suite, check_times, entry_of
 from medseg_gym.errors import BadDataError
 from medseg_gym.metrics import entity_counts
 from medseg_gym.types import Episode, Unreadable
@@ -87,42 +91,34 @@ def read_played(folder: Path) -> tuple[str, Played]:
     provenance = read_record(folder / PROVENANCE)
     if provenance is None:
         raise BadDataError("no finished run of a suite; give its `medseg-gym leaderboard run` again to finish it")
-    name, record = provenance.get("suite"), provenance.get("entry")
-    if not isinstance(name, str) or name not in suites.SUITES or not isinstance(record, dict):
-        raise BadDataError(f"of a suite {name!r} that this version does not have")
-    entry = next((e for e in suites.SUITES[name].entries if _same(e, record)), None)
-    if entry is None:
-        raise BadDataError(f"suite {name} has no such entry any more: play it again")
-    run = read_run(folder)
+    name, entry = entry_of(provenance)
+    run, measures = read_run(folder), read_record(folder / MEASURES)
     if run.summary is None or not run.episodes:
         raise BadDataError("no summary or no episode; play it again with --restart")
-    if {(e.env, e.seed) for e in run.episodes} != {(entry.env, entry.seed)} or len(
-        {e.policy for e in run.episodes}
-    ) > 1:
-        raise BadDataError("its episodes are of another env, another seed or several policies")
-    keys = run.settings.get("keys", {}).get(entry.env)
-    if [e.key for e in run.episodes] != keys:
-        raise BadDataError("its episodes are not the cases that run.json names")
-    measures = (read_record(folder / MEASURES) or {}).get("cases") or [{}] * len(run.episodes)
-    if len(measures) != len(run.episodes):
-        raise BadDataError(f"{MEASURES} has another number of cases than the run")
+    check_settings(run.settings)
+    bad = next(_contradictions(run, provenance, measures), None)
+    if bad is not None or measures is None:
+        raise BadDataError(f"{bad}; `medseg-gym leaderboard verify` tells all that is wrong with it")
     timed = ((run.times or {}).get("rows") or [{}])[0]
     return name, Played(
         entry=entry,
         policy=run.episodes[0].policy,
         fingerprint=run.episodes[0].tool,
         data=str((run.settings.get("datasets") or {}).get(entry.env, "")),
-        cases={(e.seed, e.key): _case(e, s) for e, s in zip(run.episodes, measures, strict=True)},
-        asked=record.get("cases"),
-        trial=record.get("cases") != entry.cases,
+        cases={(e.seed, e.key): _case(e, s) for e, s in zip(run.episodes, measures["cases"], strict=True)},
+        asked=provenance["entry"].get("cases"),
+        trial=provenance["entry"].get("cases") != entry.cases,
         seconds=timed.get("seconds_per_case"),
         provenance=provenance,
     )
 
 
-def _same(entry: Entry, record: dict[str, Any]) -> bool:
-    """Whether a record is of this entry, the number of cases aside."""
-    return {**entry.record(), "cases": None} == {**record, "cases": None}
+def _contradictions(run: Run, provenance: dict[str, Any], measures: dict[str, Any] | None) -> Iterator[Finding]:
+    """What the files alone show to be wrong: numbers that no page may take in, and rules of the suite not kept."""
+    yield from filter(None, map(well_formed, run.episodes))
+    yield from check_list(run)
+    yield from check_suite(run, provenance, measures)
+    yield from check_times(run)
 
 
 def _case(episode: Episode, measures: dict[str, Any]) -> Case:

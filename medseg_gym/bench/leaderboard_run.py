@@ -17,7 +17,7 @@ from medseg_gym.bench.provenance import command_of, commit, weights_sha256
 from medseg_gym.bench.rundir import FILES, write_whole
 from medseg_gym.bench.runs import EPISODES, read_episodes, read_record
 from medseg_gym.bench.suites import Entry, Suite, missing, suite
-from medseg_gym.errors import MedSegError, PolicyUnavailableError, UnknownNameError
+from medseg_gym.errors import MedSegError, PolicyUnavailableError, ToolUnavailableError, UnknownNameError
 from medseg_gym.policies.base import Policy
 
 Progress = Callable[[str, int, int], None]  # (entry, cases done, cases)
@@ -73,7 +73,7 @@ def run_suite(
             job = _Job(wanted, entry, spec, label, folder, cases)
             try:
                 outcomes.append(_play(job, num_envs, restart, shown))
-            except PolicyUnavailableError:
+            except (PolicyUnavailableError, ToolUnavailableError):
                 raise  # its server is gone: every other entry would say the same, and this one is resumed
             except MedSegError as error:
                 outcomes.append(Outcome(entry, label, "refused", folder, str(error)))
@@ -197,7 +197,8 @@ def changed(folder: Path, finished: dict[str, Any], entry: Entry, label: str) ->
 def freeze(source: str | Path, destination: str | Path) -> list[Path]:
     """Copies every finished run below a folder, episodes gzipped, as it is to be published; the folders written.
 
-    Equal runs give equal bytes. Unfinished runs are left out; what was there of the same run is replaced.
+    Equal runs give equal bytes. Unfinished runs are left out; what was there of the same run is replaced. A folder
+    without a finished run raises MedSegError.
     """
     import gzip
 
@@ -221,6 +222,8 @@ def freeze(source: str | Path, destination: str | Path) -> list[Path]:
         (place / EPISODES[0]).unlink(missing_ok=True)
         _write(place / PROVENANCE, finished)
         written.append(place)
+    if not written:
+        raise MedSegError(f"no finished run in {source}; play one: medseg-gym leaderboard run --suite quick")
     return written
 
 

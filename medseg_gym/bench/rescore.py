@@ -19,6 +19,7 @@ from medseg_gym.errors import BadDataError, MedSegError
 from medseg_gym.rewards import RewardSpec
 from medseg_gym.types import Box, Click, Episode, Mask
 
+MOST = 1e9  # of any number in a stranger's run: an int may be too large for a float
 NEEDS_TARGET = ("ibis_click",)  # terms that ask whether a click fell on a missed or a spilled pixel
 
 
@@ -51,13 +52,19 @@ def measured(episode: Episode, target: Mask) -> tuple[tuple[float, ...], tuple[f
 
 
 def hits(episode: Episode, target: Mask) -> list[bool | None]:
-    """For every turn whether its click fell on an error of its sign; None where it was no click."""
+    """For every turn whether its click fell on an error of its sign; None where it was no click.
+
+    A click outside the image raises BadDataError.
+    """
+    height, width = target.shape
     found: list[bool | None] = []
     for turn, mask in zip(episode.turns, masks_of(episode), strict=False):  # the mask before the turn
         action = turn.action
         if not isinstance(action, Click):
             found.append(None)
             continue
+        if not (0 <= action.x < width and 0 <= action.y < height):
+            raise BadDataError(f"a click at x {action.x}, y {action.y}; the image is {height} x {width}")
         inside, covered = bool(target[action.y, action.x]), bool(mask[action.y, action.x])
         found.append((inside and not covered) if action.positive else (covered and not inside))
     return found
@@ -96,8 +103,11 @@ def needs_target(spec: RewardSpec) -> bool:
 def spec_of(record: Any) -> RewardSpec:
     """The reward that `rewards.describe` wrote; BadDataError for anything else."""
     try:
-        return RewardSpec(**record)
-    except (TypeError, ValueError, MedSegError) as error:
+        spec = RewardSpec(**record)
+        if not all(abs(weight) <= MOST for weight in spec.terms.values()):
+            raise ValueError(f"weights beyond {MOST:g}")
+        return spec
+    except (TypeError, ValueError, OverflowError, MedSegError) as error:
         raise BadDataError(f"not a reward: {record!r:.200} ({error})") from None
 
 

@@ -22,6 +22,7 @@ NOISY = (
     *("CentreClick", "CentreClick:jitter=15"),  # the hasty: one click, then stop
 )
 CLICKS_ONLY = {"verbs": ("positive", "negative", "stop")}
+NO_UNDO = {"verbs": ("positive", "negative", "box", "stop")}  # the papers have none
 CORRUPTIONS = ("noise", "blur", "lowres", "jpeg", "contrast", "brightness", "shading", "occlusion")
 PAPER_TOOLS = ("SAM2.1BPlus", "MedSAM2", "IMISNet")
 ALL_TOOLS = tuple(tool for tool in TOOLS if tool != "Stub")
@@ -214,7 +215,7 @@ _ALL = (
         "medsam-agent-21",
         "MedSAM-Agent's 21 datasets",
         "The 21 datasets of MedSAM-Agent's Table 1 with its three tools, five actions.",
-        _pairs(_PAPER_21, PAPER_TOOLS, cases=200),
+        _pairs(_PAPER_21, PAPER_TOOLS, cases=200, options=NO_UNDO),
     ),
     Suite(
         "ibis-click",

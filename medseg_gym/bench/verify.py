@@ -1,7 +1,9 @@
 """`verify`: is a run what it says it is? Its files against each other, then against data and tool as far as here.
 
-    files    run.json, episodes and summary agree; every case once; numbers follow from turns by the rules of the env
-    data     the cases are those the seed chooses; stored masks are scored again; scripted policies decide again
+    files    run.json, episodes and summary agree; every case once; numbers follow from turns by the rules of the env;
+             a suite's run was played by the rules of its entry
+    data     the cases are those the seed chooses; stored masks are scored, and measured, again; scripted policies
+             decide again
     tool     the episodes are played again (bench.replay)
 
 The files come from strangers: sizes are bounded, nothing they name is imported or opened but data and tools by id.
@@ -20,18 +22,22 @@ import numpy as np
 from medseg_gym import policies
 from medseg_gym import tools as tool_registry
 from medseg_gym.bench.cases import choose_cases, content_of
+from medseg_gym.bench.leaderboard_run import MEASURES, PROVENANCE
+from medseg_gym.bench.provenance import weights_sha256
 from medseg_gym.bench.replay import is_unread, replay
 from medseg_gym.bench.rescore import spec_of
-from medseg_gym.bench.runs import Run, read_run
+from medseg_gym.bench.runs import Run, read_record, read_run
 from medseg_gym.bench.verify_episode import check_case, check_decisions, check_episode, start_of, well_formed
 from medseg_gym.bench.verify_findings import Finding, Report, about, run_finding, worst
 from medseg_gym.bench.verify_run import check_list, check_settings, check_summary, env_settings
 from medseg_gym.bench.verify_source import Source, sources_of
+from medseg_gym.bench.verify_suite import check_measures, check_suite, check_times
 from medseg_gym.datasets.base import Dataset
 from medseg_gym.envs.spaces import tool_verbs
 from medseg_gym.envs.vector import SegmentVectorEnv
 from medseg_gym.errors import BadDataError, MedSegError
 from medseg_gym.policies.base import BUILTIN
+from medseg_gym.registration import env_id
 from medseg_gym.tools.base import SegmentationTool
 from medseg_gym.types import Episode
 
@@ -51,6 +57,8 @@ class _State:
     findings: list[Finding] = field(default_factory=list)
     checks: dict[str, str] = field(default_factory=dict)
     replayed: int = 0
+    provenance: dict[str, Any] | None = None  # of a suite's run, like the measures
+    measures: dict[str, Any] | None = None
     skipped: bool = False  # whether something that should have been replayed was not
 
 
@@ -72,6 +80,7 @@ def verify(
     """
     try:
         run = read_run(folder)
+        provenance, measures = (read_record(Path(folder) / name) for name in (PROVENANCE, MEASURES))
     except BadDataError as error:
         return _unreadable(folder, run_finding("incomplete", "file", error, "a whole run"))
     try:
@@ -81,7 +90,7 @@ def verify(
         return _unreadable(
             folder, run_finding("tampered", "run.json", error, "the settings of a run"), len(run.episodes)
         )
-    state = _State(run, [])
+    state = _State(run, [], provenance=provenance, measures=measures)
     readable: list[Episode] = []
     for episode in run.episodes:
         bad = well_formed(episode)
@@ -91,6 +100,7 @@ def verify(
             state.findings.append(bad)
     state.sound = [episode for episode in readable if episode.env in specs]
     state.findings += [*check_list(run._replace(episodes=readable)), *check_summary(run._replace(episodes=readable))]
+    state.findings += [*check_suite(run._replace(episodes=readable), provenance, measures), *check_times(run)]
     settings = {env: env_settings(run.settings, env) for env in specs}
     for number, episode in enumerate(state.sound, start=1):
         state.findings += check_episode(episode, settings[episode.env], specs[episode.env])
@@ -144,6 +154,8 @@ def _verify_env(
     if foreign:
         _skip(state, env, "data", "the dataset here is another")
         return
+    if env not in datasets and env_id(data.name, source.tool) != env:
+        state.findings.append(run_finding("tampered", "env", env, env_id(data.name, source.tool), env=env))
     tool, why = tools.get(env), ""
     try:
         tool = tool_registry.load(tool) if tool is not None else source.tool_here()
@@ -151,6 +163,9 @@ def _verify_env(
         why = str(error)
     verbs = settings["verbs"] or (tool_verbs(tool) if tool is not None else None)
     _check_data(state, env, data, mine, spec, verbs, progress)
+    if state.measures is not None:
+        found, state.checks[f"measures of {env}"] = check_measures(mine, state.run, state.measures, data)
+        state.findings += found
     if tool is None:
         _skip(state, env, "replay", why)
         return
@@ -161,6 +176,10 @@ def _verify_env(
         )
         _skip(state, env, "replay", f"a foreign tool: the run has {wanted}, here is {tool.fingerprint}")
         return
+    if state.provenance is not None and env not in tools:
+        here, told = weights_sha256(source.tool), state.provenance.get("weights_sha256")
+        if here != told:
+            state.findings.append(run_finding("tampered", f"{PROVENANCE}: weights_sha256", told, here, env=env))
     if not play:
         _skip(state, env, "replay", "not asked for")
         return

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from medseg_gym.bench.replay import TOLERANCE, close
-from medseg_gym.bench.rescore import NEEDS_TARGET, masks_of, measured, rewarded, tool_failed
+from medseg_gym.bench.rescore import MOST, NEEDS_TARGET, masks_of, measured, rewarded, tool_failed
 from medseg_gym.bench.verify_findings import Finding, about, run_finding
 from medseg_gym.datasets.base import WithStartMasks
 from medseg_gym.envs.spaces import ActionCodec
@@ -26,7 +26,7 @@ def well_formed(episode: Episode) -> Finding | None:
     """A finding where a field is of another type than evaluate writes: reading JSON checks no types."""
     for name, kind in _FIELDS.items():
         value = getattr(episode, name)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
             return run_finding("tampered", name, f"{value!r:.100}", "what evaluate writes", turn=None)
     curves_fit = len(episode.iou) == len(episode.dice) == len(episode.turns) + 1
     if not curves_fit or not all(map(_number, (*episode.iou, *episode.dice))):
@@ -181,7 +181,8 @@ def _rewards(episode: Episode, spec: RewardSpec) -> Iterator[Finding]:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it can be worked with: no nan, and no integer that is too large for a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
 
 
 def _terms(terms: Any) -> str:
@@ -214,7 +215,10 @@ def check_case(episode: Episode, sample: Sample, start: Mask | None, spec: Rewar
             if abs(one - other) > TOLERANCE:
                 yield about(episode, "tampered", what, one, f"{other}, that of the stored mask", turn=t)
                 return
-    terms = rewarded(episode, spec, sample.target)
+    try:
+        terms = rewarded(episode, spec, sample.target)
+    except BadDataError:
+        return  # a click outside the image: said already
     for t, (turn, earned) in enumerate(zip(episode.turns, terms, strict=True), start=1):
         if not close(turn.terms, earned):
             yield about(episode, "tampered", "reward", _terms(turn.terms), _terms(earned), turn=t)

@@ -167,5 +167,6 @@ def same(found: Any, wanted: Any) -> bool:
     if isinstance(wanted, Sequence) and not isinstance(wanted, str):
         return isinstance(found, Sequence) and len(found) == len(wanted) and all(map(same, found, wanted))
     if isinstance(wanted, float) and not isinstance(found, bool) and isinstance(found, int | float):
-        return math.isclose(found, wanted, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+        fits = abs(found) <= 2**63  # an int may be too large for a float
+        return fits and math.isclose(found, wanted, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
     return bool(found == wanted) and isinstance(found, bool) == isinstance(wanted, bool)

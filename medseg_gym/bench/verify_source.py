@@ -47,10 +47,10 @@ def sources_of(run: Run, folder: Path) -> dict[str, Source]:
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     entry = (read_record(folder / "provenance.json") or {}).get("entry")
     entry = entry if isinstance(entry, dict) else {}
-    options = entry.get("options") if isinstance(entry.get("options"), dict) else {}
+    options = _mapping(entry.get("options"))
     found: dict[str, Source] = {}
     for env, _ in run.settings["pairs"]:
-        row = next((row for row in rows if row.get("env") == env), {})
+        row: dict[str, Any] = next((row for row in rows if row.get("env") == env), {})
         known = gym.registry[env].kwargs if env in gym.registry else {}
         found[env] = Source(
             dataset=str(row.get("dataset") or entry.get("dataset") or known.get("dataset", "")),

@@ -41,6 +41,20 @@ class WithStartMasks(Protocol):
         ...
 
 
+class Around:
+    """A dataset around another one: under its name, with its structures."""
+
+    dataset: Dataset
+
+    @property
+    def name(self) -> str:
+        return self.dataset.name
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        return self.dataset.structures
+
+
 def check_split(split: str) -> None:
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)

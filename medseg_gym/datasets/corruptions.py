@@ -23,7 +23,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from medseg_gym.datasets.base import Dataset, WithStartMasks, check_structures
+from medseg_gym.datasets.base import Around, Dataset, WithStartMasks, check_structures
 from medseg_gym.datasets.instructions import seeded
 from medseg_gym.datasets.kinds import MARK, Grouped, Joined
 from medseg_gym.errors import MedSegError, UnknownNameError, unknown
@@ -34,7 +34,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 KEPT = 16  # corrupted images held: the structures of one image are asked for one after another
 
 
-class Corrupted:
+class Corrupted(Around):
     """A dataset with its images corrupted: "BTCV/001/slice-094/liver@noise-3" for "BTCV/001/slice-094/liver".
 
     It goes around kinds and words, so that a case's start mask and wording are those of the clean case.
@@ -45,14 +45,6 @@ class Corrupted:
         self.dataset, self.corruption, self.seed = dataset, corruption, seed
         self._mark = f"{MARK}{corruption}"
         self._kept: OrderedDict[str, Image] = OrderedDict()
-
-    @property
-    def name(self) -> str:
-        return self.dataset.name
-
-    @property
-    def structures(self) -> tuple[str, ...]:
-        return self.dataset.structures
 
     def keys(self, split: str, structures: Sequence[str] = ()) -> Sequence[str]:
         """The dataset's keys, marked, in its order."""

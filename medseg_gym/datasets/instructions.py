@@ -15,7 +15,7 @@ from string import Formatter
 
 import numpy as np
 
-from medseg_gym.datasets.base import Dataset, WithStartMasks
+from medseg_gym.datasets.base import Around, Dataset, WithStartMasks
 from medseg_gym.errors import UnknownNameError, check_keywords, unknown
 from medseg_gym.types import Mask, Sample
 
@@ -129,20 +129,12 @@ def seeded(seed: int, *parts: str) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
 
 
-class Worded:
+class Worded(Around):
     """A dataset whose cases are asked for in other words. A case's words hang on `seed` and its key alone."""
 
     def __init__(self, dataset: Dataset, families: Sequence[str] = OPENINGS, *, seed: int = 0) -> None:
         check_families(families)
         self.dataset, self.families, self.seed = dataset, tuple(families), seed
-
-    @property
-    def name(self) -> str:
-        return self.dataset.name
-
-    @property
-    def structures(self) -> tuple[str, ...]:
-        return self.dataset.structures
 
     def keys(self, split: str, structures: Sequence[str] = ()) -> Sequence[str]:
         return self.dataset.keys(split, structures)

@@ -19,7 +19,7 @@ from typing import Protocol, cast, overload, runtime_checkable
 
 import numpy as np
 
-from medseg_gym.datasets.base import Dataset, check_structures
+from medseg_gym.datasets.base import Around, Dataset, check_structures
 from medseg_gym.datasets.instructions import seeded
 from medseg_gym.errors import MedSegError, UnknownNameError, unknown
 from medseg_gym.metrics import iou
@@ -40,7 +40,7 @@ class Grouped(Protocol):
         ...
 
 
-class Kinds:
+class Kinds(Around):
     """A dataset with other kinds of its cases: "BTCV/001/slice-094/liver@refine" beside "BTCV/001/slice-094/liver".
 
     "inconsistent" and "absent" need a dataset with `siblings`. They have no case of an image without a second
@@ -61,14 +61,6 @@ class Kinds:
                 "the kinds inconsistent and absent need that"
             )
         self.dataset, self.kinds, self.seed = dataset, tuple(dict.fromkeys(kinds)), seed
-
-    @property
-    def name(self) -> str:
-        return self.dataset.name
-
-    @property
-    def structures(self) -> tuple[str, ...]:
-        return self.dataset.structures
 
     def keys(self, split: str, structures: Sequence[str] = ()) -> Sequence[str]:
         """Kind by kind, each in the dataset's order."""

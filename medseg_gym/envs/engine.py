@@ -13,7 +13,7 @@ from medseg_gym import rewards
 from medseg_gym.datasets.base import Dataset, WithStartMasks, check_sample
 from medseg_gym.envs.config import EnvConfig
 from medseg_gym.envs.spaces import ActionCodec, check_verbs, observation_space
-from medseg_gym.errors import BadDataError, MedSegError, UnknownNameError, check_keywords
+from medseg_gym.errors import BadDataError, MedSegError, ToolUnavailableError, UnknownNameError, check_keywords
 from medseg_gym.frames import Grid
 from medseg_gym.metrics import dice_of_areas, iou_of_areas
 from medseg_gym.render import Overlay
@@ -234,6 +234,8 @@ class Engine:
         samples, before = [slots[i].sample for i in asking], [slots[i].state for i in asking]
         try:
             answers: Sequence[MaskState | Exception] = advance(self.tool, samples, before, [actions[i] for i in asking])
+        except ToolUnavailableError:
+            raise  # no case's fault, and every other one would fail too
         except Exception:
             if self.config.on_error == "raise":
                 raise
@@ -246,6 +248,8 @@ class Engine:
         """One case by itself, so that the case that fails does not take its batch along."""
         try:
             return advance(self.tool, [slot.sample], [slot.state], [action])[0]
+        except ToolUnavailableError:
+            raise
         except Exception as error:
             return error
 

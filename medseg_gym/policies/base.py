@@ -144,7 +144,7 @@ def _arguments(name: str, build: Callable[..., Any], env: Any, options: dict[str
     """The constructor's keyword arguments: the options, and what it asks for and the env lends."""
     parameters = inspect.signature(build).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        check_keywords(f"policy {name}", options, [*parameters, *_PROVIDED])
+        check_keywords(f"policy {name}", options, dict.fromkeys([*parameters, *_PROVIDED]))
         options = {key: value for key, value in options.items() if key in parameters}
     lent: dict[str, Any] = {}
     if env is not None:

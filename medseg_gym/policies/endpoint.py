@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any
@@ -53,21 +54,28 @@ class EndpointModel:
         tell_tokens: bool = False,
         extra_body: dict[str, Any] | None = None,
     ) -> None:
-        for what, value, least in (
-            ("timeout", timeout, 0.001),
-            ("retries", retries, 0),
-            ("concurrency", concurrency, 1),
+        for what, value, least, kinds in (
+            ("temperature", temperature, 0, (int, float)),
+            ("max_tokens", max_tokens, 1, (int,)),
+            ("timeout", timeout, 0.001, (int, float)),
+            ("retries", retries, 0, (int,)),
+            ("concurrency", concurrency, 1, (int,)),
         ):
-            if value < least:
-                raise MedSegError(f"{what}={value}; wanted at least {least}")
-        if not base_url.startswith(("http://", "https://")):
+            if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value < math.inf:
+                kind = "a whole number" if kinds == (int,) else "a number"
+                raise MedSegError(f"{what}={value!r}; wanted {kind}, at least {least}")
+        if not isinstance(api_key_env, str) or not api_key_env:
+            raise MedSegError(f"api_key_env={api_key_env!r}; wanted the name of an environment variable")
+        if not isinstance(base_url, str) or not base_url.startswith(("http://", "https://")):
             raise MedSegError(f"base_url={base_url!r}; wanted http://HOST:PORT/v1")
-        self.name, self.base_url = model, base_url
+        self.name, self.base_url = str(model), base_url
         more = {**({"return_token_ids": True} if tell_tokens else {}), **(extra_body or {})}
         self._settings = {"temperature": temperature, "max_tokens": max_tokens, "extra_body": more}
         if tell_tokens:
             self._settings["logprobs"] = True
-        self._client = _client(base_url, os.environ.get(api_key_env) or NO_KEY, timeout, retries)
+        self._sampled = temperature > 0  # a greedy request takes no seed, and some servers refuse one
+        self._key = os.environ.get(api_key_env) or NO_KEY
+        self._client = _client(base_url, self._key, timeout, retries)
         self._slots = asyncio.Semaphore(concurrency)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="medseg-gym-endpoint", daemon=True)
@@ -80,10 +88,19 @@ class EndpointModel:
         return asyncio.run_coroutine_threadsafe(self._complete(to_openai(messages), seed), self._loop)
 
     def close(self) -> None:
+        """Hangs up: answers that are still to come are cancelled."""
         if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result(timeout=10)
+            asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result(timeout=10)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=10)
+            self._loop.close()
+
+    async def _hang_up(self) -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._client.close()
 
     async def _complete(self, messages: list[dict[str, Any]], seed: int) -> Completion:
         import openai
@@ -92,27 +109,33 @@ class EndpointModel:
             begun = time.perf_counter()
             try:
                 raw = await self._client.chat.completions.with_raw_response.create(
-                    model=self.name, messages=messages, seed=seed, **self._settings
+                    model=self.name, messages=messages, **self._settings, **({"seed": seed} if self._sampled else {})
                 )
                 answer = raw.parse()
             except openai.APIStatusError as error:
                 if error.status_code in GIVE_UP:
                     raise PolicyUnavailableError(
                         f"{self.base_url} answers {error.status_code} for model {self.name!r}; check key, model and "
-                        f"address. The server says: {_short(error.message)}"
+                        f"address. The server says: {self._words(error.message)}"
                     ) from None
-                raise EndpointAnswerError(f"the server answered {error.status_code}: {_short(error.message)}") from None
-            except openai.APITimeoutError:
-                raise EndpointAnswerError("the server did not answer in time") from None
+                raise EndpointAnswerError(
+                    f"the server answered {error.status_code}: {self._words(error.message)}"
+                ) from None
             except openai.APIConnectionError as error:
                 if _unreachable(error):
                     raise PolicyUnavailableError(
                         f"{self.base_url} cannot be reached; start the server and give the same command again to go on"
                     ) from None
+                if isinstance(error, openai.APITimeoutError):
+                    raise EndpointAnswerError("the server did not answer in time") from None
                 raise EndpointAnswerError("the server dropped the connection") from None
-            except (openai.OpenAIError, ValueError, TypeError) as error:
-                raise EndpointAnswerError(f"the answer cannot be read: {_short(str(error))}") from None
-            return _completion(answer, time.perf_counter() - begun, int(raw.retries_taken))
+            except (openai.OpenAIError, ValueError, TypeError, RecursionError) as error:
+                raise EndpointAnswerError(f"the answer cannot be read: {self._words(str(error))}") from None
+            return _completion(answer, time.perf_counter() - begun, int(raw.retries_taken), self._words)
+
+    def _words(self, text: str) -> str:
+        """What a server says, as a record may hold it: some echo the key they were sent."""
+        return _short(text if self._key == NO_KEY else text.replace(self._key, "***"))
 
 
 def to_openai(messages: Sequence[chat.Message]) -> list[dict[str, Any]]:
@@ -130,7 +153,7 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": _data_url(image.tobytes(), image.shape)}}
 
 
-@lru_cache(maxsize=256)  # a chat shows all its earlier pictures again at every turn
+@lru_cache(maxsize=128)  # a chat shows all its earlier pictures again at every turn
 def _data_url(pixels: bytes, shape: tuple[int, ...]) -> str:
     data = chat.png(np.frombuffer(pixels, np.uint8).reshape(shape))
     return f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
@@ -148,19 +171,19 @@ def _unreachable(error: BaseException) -> bool:
     """Whether nobody listens, as against somebody who hung up."""
     cause: BaseException | None = error
     while cause is not None:
-        if type(cause).__name__ == "ConnectError":
+        if type(cause).__name__ in ("ConnectError", "ConnectTimeout"):  # the client's HTTP library has changed its name
             return True
         cause = cause.__cause__ or cause.__context__
     return False
 
 
-def _completion(answer: Any, seconds: float, retries: int) -> Completion:
+def _completion(answer: Any, seconds: float, retries: int, words: Callable[[str], str]) -> Completion:
     """The first choice; EndpointAnswerError where there is none, or where its content is no text."""
     try:
         choice = answer.choices[0]
         text = choice.message.content
-    except (AttributeError, IndexError, TypeError):
-        raise EndpointAnswerError(f"the answer is no chat completion: {_short(str(answer))}") from None
+    except (AttributeError, LookupError, TypeError):
+        raise EndpointAnswerError(f"the answer is no chat completion: {words(str(answer))}") from None
     if text is None:
         text = ""  # a model that says nothing is unreadable, not broken
     if not isinstance(text, str):
@@ -174,11 +197,15 @@ def _completion(answer: Any, seconds: float, retries: int) -> Completion:
     return Completion(
         text=text[: MAX_TEXT + 1],
         token_ids=_numbers(getattr(choice, "token_ids", None), int),
-        logprobs=_numbers([t.logprob for t in getattr(choice.logprobs, "content", None) or ()], float),
+        logprobs=_logprobs(getattr(choice.logprobs, "content", None)),
         finish=finish,
         prompt_ids=_numbers(getattr(answer, "prompt_token_ids", None), int),
         costs=costs,
     )
+
+
+def _logprobs(tokens: Any) -> tuple[float, ...]:
+    return _numbers([getattr(t, "logprob", None) for t in tokens], float) if isinstance(tokens, list) else ()
 
 
 def _numbers(values: Any, kind: type) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -65,7 +65,11 @@ class VLMPolicy:
     ) -> None:
         self.model = model
         self.protocol = protocols.make(protocol, verbs)
-        self.size = size
+        if getattr(self.protocol, "several", False):
+            raise MedSegError(
+                "VLMPolicy plays one target a chat; several=True is read by the protocol's parse_many alone"
+            )
+        self.size = chat.check_size(size)
         self.name = name or f"VLM:model={model.name},protocol={self.protocol.name}"
 
     def act(self, views: Sequence[View], rngs: Sequence[np.random.Generator]) -> list[Decision]:
@@ -116,6 +120,8 @@ def served(
     temperature: float = 0.0,
     max_tokens: int = 512,
     size: int = chat.SIZE,
+    history: bool | None = None,
+    thinking: bool | None = None,
     timeout: float = 120.0,
     retries: int = 5,
     concurrency: int = 16,
@@ -124,11 +130,15 @@ def served(
     """The policy of a model behind an OpenAI-compatible endpoint; what `--policy vlm:model=...,base_url=...` builds.
 
     Address, key and patience are not in the policy's name: no answer hangs on them. See EndpointModel for each.
+    `history` and `thinking` are options of the protocol ibis.
     """
     if model is None or base_url is None:
         raise MedSegError("vlm needs a model and its server: vlm:model=NAME,base_url=http://127.0.0.1:8000/v1")
     from medseg_gym.policies.endpoint import EndpointModel
 
+    chat.check_size(size)
+    spoken = _given(history=history, thinking=thinking)
+    words = protocols.make(protocol, verbs, **spoken)
     server = EndpointModel(
         base_url,
         model,
@@ -139,7 +149,7 @@ def served(
         concurrency=concurrency,
         api_key_env=api_key_env,
     )
-    return VLMPolicy(server, protocol, verbs=verbs, size=size, name=_name(model, protocol, temperature, max_tokens))
+    return VLMPolicy(server, words, size=size, name=_name(model, protocol, spoken, temperature, max_tokens, size))
 
 
 def local(
@@ -151,22 +161,38 @@ def local(
     temperature: float = 0.0,
     max_tokens: int = 512,
     size: int = chat.SIZE,
+    history: bool | None = None,
+    thinking: bool | None = None,
     dtype: str | None = None,
+    device: str | None = None,
 ) -> VLMPolicy:
     """The policy of a checkpoint folder run in this process by `engine`, "transformers" or "vllm".
 
-    It is what `--policy vlm-local:model=PATH` builds. `dtype` is the engine's own unless given.
+    It is what `--policy vlm-local:model=PATH` builds. `dtype` and `device` are the engine's own
+    unless given.
     """
     if model is None:
         raise MedSegError("vlm-local needs a checkpoint folder: vlm-local:model=PATH")
     from medseg_gym.policies.inprocess import load
 
-    ready = load(engine, model, temperature=temperature, max_tokens=max_tokens, **({"dtype": dtype} if dtype else {}))
-    return VLMPolicy(ready, protocol, verbs=verbs, size=size, name=_name(ready.name, protocol, temperature, max_tokens))
+    if device is not None and engine == "vllm":
+        raise MedSegError(f"device={device!r}: the engine vllm finds its device by itself")
+    chat.check_size(size)  # before the model takes its time to load
+    spoken = _given(history=history, thinking=thinking)
+    words = protocols.make(protocol, verbs, **spoken)
+    ready = load(engine, model, temperature=temperature, max_tokens=max_tokens, **_given(dtype=dtype, device=device))
+    return VLMPolicy(ready, words, size=size, name=_name(ready.name, protocol, spoken, temperature, max_tokens, size))
 
 
-def _name(model: str, protocol: str, temperature: float, max_tokens: int) -> str:
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _name(model: str, protocol: str, spoken: Mapping[str, bool], temperature: float, max_tokens: int, size: int) -> str:
+    """A spec of all that answers hang on, so that a run is never resumed with other settings."""
     parts = [f"model={model}", f"protocol={protocol}"]
+    parts += [f"{option}={value}".lower() for option, value in spoken.items()]
     parts += [f"temperature={temperature}"] if temperature else []
     parts += [f"max_tokens={max_tokens}"] if max_tokens != 512 else []
+    parts += [f"size={size}"] if size != chat.SIZE else []
     return "vlm:" + ",".join(parts)

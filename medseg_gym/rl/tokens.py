@@ -53,9 +53,15 @@ class ChatTokens:
         self.start, self.end = self._special("<|im_start|>"), self._special("<|im_end|>")
         self.vision_start, self.vision_end = self._special("<|vision_start|>"), self._special("<|vision_end|>")
         self.image_pad = self._special("<|image_pad|>")
-        self.vision_ids = frozenset(
-            {self.vision_start, self.vision_end, self.image_pad, self._special("<|video_pad|>")}
-        )  # a sampler must not produce them
+        # What no sampler may produce: every special token but the end of turn, vision tokens above all.
+        self.banned_ids = frozenset(tokenizer.all_special_ids) | {
+            self.start,
+            self.vision_start,
+            self.vision_end,
+            self.image_pad,
+            self._special("<|video_pad|>"),
+        }
+        self.banned_ids -= {self.end}
         self._newline = self.text("\n")
         self._check_template()
 
@@ -83,14 +89,16 @@ class ChatTokens:
         ids: list[int] = []
         images: list[Image] = []
         for message in messages:
-            ids += [self.start, *self.text(f"{message['role']}\n")]
+            ids.append(self.start)
+            words = f"{message['role']}\n"  # up to the next special token, as a merge may reach over a part's edge
             for part in _parts(message):
                 if part.get("type") == "image":
                     images.append(part["image"])
-                    ids += self._image(part["image"])
+                    ids += [*self.text(words), *self._image(part["image"])]
+                    words = ""
                 else:
-                    ids += self.text(part["text"])
-            ids += [self.end, *self._newline]
+                    words += part["text"]
+            ids += [*self.text(words), self.end, *self._newline]
         ids += [self.start, *self.text("assistant\n")]
         return TokenPrompt(tuple(ids), tuple(images))
 

@@ -77,7 +77,7 @@ def _fetched(tool: str, source: Source, part: Path, progress: Progress, wait: fl
         reasons = []
         for url in source.urls:
             try:
-                fetch(url, part, lambda done, total: progress(source.file, done, total or source.size), wait=wait)
+                fetch(url, part, lambda done, total: progress(source.file, done, total), wait=wait, size=source.size)
                 break
             except OSError as error:
                 reasons.append(f"{url}: {_reason(error)}")
@@ -100,16 +100,17 @@ def _fetched(tool: str, source: Source, part: Path, progress: Progress, wait: fl
         # the earlier piece may have been of another file or damaged: once more, from the start
 
 
-def fetch(url: str, part: Path, progress: Callable[[int, int], None], *, wait: float = 1.0) -> None:
+def fetch(url: str, part: Path, progress: Callable[[int, int], None], *, wait: float = 1.0, size: int = 0) -> None:
     """Appends to `part` what it lacks of the file at `url`; OSError after five tries in a row that brought nothing.
 
-    A server that cannot be reached at all is asked once, one that had sent something five times.
+    A server that cannot be reached at all is asked once, one that had sent something five times. `size` is the file's
+    where it is known, for servers that do not tell: a cut would pass for the end.
     """
     failed, reached = 0, False
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
-            if _one_try(url, part, progress):
+            if _one_try(url, part, progress, size):
                 return
             error: OSError = ConnectionResetError("the connection was cut")
             reached = True
@@ -129,7 +130,7 @@ def fetch(url: str, part: Path, progress: Callable[[int, int], None], *, wait: f
         time.sleep(wait * 2 ** (failed - 1))
 
 
-def _one_try(url: str, part: Path, progress: Callable[[int, int], None]) -> bool:
+def _one_try(url: str, part: Path, progress: Callable[[int, int], None], size: int) -> bool:
     """One request; whether the file is whole now."""
     from medseg_gym import __version__
 
@@ -151,7 +152,8 @@ def _one_try(url: str, part: Path, progress: Callable[[int, int], None]) -> bool
             return False
         file.seek(start)
         file.truncate()
-        total = _total(answer.headers.get("Content-Range")) or start + int(answer.headers.get("Content-Length") or 0)
+        length = int(answer.headers.get("Content-Length") or 0)
+        total = _total(answer.headers.get("Content-Range")) or (start + length if length else size)
         done = start
         progress(done, total)
         while piece := answer.read(CHUNK):

@@ -28,9 +28,9 @@ class Options:
 
     multimask: answer with the one of three masks whose predicted IoU is largest (the first of equals), not with the
         single mask. feed_prior: feed the query's prior to the decoder. memory: what a query carries (tools/base.py).
-    dtype: the encoder runs and embeddings are kept in it; the decoder always runs in float32, where coordinates are
-        exact. max_batch: None is 1 on a CPU, where batching costs, and 16 elsewhere. compile: torch.compile's encoder,
-        whose rounding may differ as another device's does.
+    dtype: embeddings are kept in it, and off the CPU the encoder runs in it; the decoder always runs in float32, where
+        coordinates are exact. max_batch: None is 1 on a CPU, where batching costs, and 16 elsewhere. compile:
+        torch.compile's encoder, whose rounding may differ as another device's does.
     """
 
     multimask: bool = True
@@ -111,7 +111,7 @@ class NetworkTool(abc.ABC):
 
     @abc.abstractmethod
     def features(self, pixels: torch.Tensor) -> Sequence[torch.Tensor]:
-        """One tensor a level, (B, ...), of (B, 3, size, size) pixels; runs under autocast unless dtype is float32."""
+        """One tensor a level, (B, ...), of (B, 3, size, size) pixels; off the CPU under dtype's autocast."""
 
     @abc.abstractmethod
     def decode(
@@ -180,6 +180,8 @@ class NetworkTool(abc.ABC):
         if self.options.dtype == "float32":
             return self._features(pixels)
         dtype = getattr(torch, self.options.dtype)
+        if pixels.device.type == "cpu":  # float16 takes it ten times as long; SAM 2.1's tiny encoder 105 s for 10
+            return [level.to(dtype) for level in self._features(pixels)]
         with torch.autocast(pixels.device.type, dtype=dtype):
             return [level.to(dtype) for level in self._features(pixels)]
 

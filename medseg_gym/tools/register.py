@@ -26,7 +26,8 @@ def register(
     with the reason, and nothing is recorded. `copy` puts a copy into the data home, else the path must stay.
     """
     sources.source_of(tool)
-    found = checkpoint_at(Path(path).expanduser().absolute())
+    path = Path(path).expanduser().absolute()
+    found = checkpoint_at(path) if path.exists() else f"{path} does not exist"
     if not isinstance(found, Path):
         raise BadDataError(f"{found}; register takes a checkpoint file, or a folder in transformers' format")
     read_state(_weights_in(found))

@@ -13,7 +13,7 @@ from medseg_gym.errors import BadDataError
 from medseg_gym.frames import PaddedFrame, ToolFrame
 from medseg_gym.tools.base import ALL_PROMPTS
 from medseg_gym.tools.network import Frame, NetworkTool, Options, upsample
-from medseg_gym.tools.sam_config import published
+from medseg_gym.tools.sam_config import published, published_size
 from medseg_gym.tools.weights import find_weights, read_state
 from medseg_gym.types import Box, Image, Prompt, Query
 
@@ -56,7 +56,7 @@ class SamTool(NetworkTool):
         """
         path = Path(path)
         if path.is_dir():
-            return cls(_read_folder(path), **options)
+            return cls(_read_folder(path, config), **options)
         from medseg_gym.tools.sam_original import model_of
 
         return cls(model_of(read_state(path), published() if config is None else config, path), **options)
@@ -165,11 +165,15 @@ def _normalised(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-def _read_folder(folder: Path) -> Any:
-    """The SamModel of a folder in transformers' format, complete or BadDataError."""
+def _read_folder(folder: Path, wanted: Any) -> Any:
+    """The SamModel of a folder in transformers' format, complete and of no other published size, or BadDataError."""
     import torch
-    from transformers import SamModel
+    from transformers import SamConfig, SamModel
 
+    found = published_size(SamConfig.from_pretrained(folder, local_files_only=True))
+    size = None if wanted is None else published_size(wanted)
+    if None not in (found, size) and found != size:  # a larger model under a smaller one's name
+        raise BadDataError(f"{folder} is SAM's size {found}, wanted {size}; name the tool of that size")
     loaded: Any = SamModel.from_pretrained(
         folder,
         dtype=torch.float32,

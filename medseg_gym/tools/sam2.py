@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from medseg_gym.errors import BadDataError, unknown
 from medseg_gym.frames import ToolFrame
 from medseg_gym.tools.network import NetworkTool, Options
-from medseg_gym.tools.sam2_config import resized
+from medseg_gym.tools.sam2_config import published_size, resized
 from medseg_gym.tools.sam2_original import POSITION_KEYS, read_original
 from medseg_gym.tools.weights import find_weights
 from medseg_gym.types import Image, Query
@@ -127,14 +127,17 @@ def preprocess(image: Image, size: int, how: Preprocess = "sam2") -> torch.Tenso
 
 def read_model(path: Path, *, hiera: str | None = None, size: int | None = None) -> Any:
     """The Sam2Model of a folder or of an original file, in float32; complete, or BadDataError."""
-    return _read_folder(path, size) if path.is_dir() else read_original(path, hiera, size or 1024)
+    return _read_folder(path, hiera, size) if path.is_dir() else read_original(path, hiera, size or 1024)
 
 
-def _read_folder(folder: Path, size: int | None) -> Any:
+def _read_folder(folder: Path, hiera: str | None, size: int | None) -> Any:
     import torch
     from transformers import Sam2Config, Sam2Model
 
     config = Sam2Config.from_pretrained(folder, local_files_only=True)
+    found = published_size(config)
+    if hiera is not None and found not in (None, hiera):  # a larger model under a smaller one's name
+        raise BadDataError(f"{folder} is SAM 2.1's size {found}, wanted {hiera}; name the tool of that size")
     if size is not None:
         config = resized(config, size)
     loaded: Any = Sam2Model.from_pretrained(

@@ -39,6 +39,17 @@ def sam21_config(size: str = "T", image_size: int = 1024) -> Any:
     return sam2_config(image_size, **_SIZES[size])
 
 
+def published_size(config: Any) -> str | None:
+    """Which published SAM 2.1 ("T", "S", "BPlus", "L") a Sam2Config is of, told by width and depth; None for others."""
+    shape = _shape(config)
+    return next((size for size in _SIZES if _shape(sam21_config(size)) == shape), None)
+
+
+def _shape(config: Any) -> tuple[list[int], list[int]]:
+    hiera = config.vision_config.backbone_config
+    return list(hiera.embed_dim_per_stage), list(hiera.blocks_per_stage)
+
+
 def sam2_config(image_size: int, *, width: int = 256, mlp_dim: int = 2048, **backbone: Any) -> Any:
     """A Sam2Config: keywords of the Hiera encoder, and the width of neck, prompt encoder and decoder."""
     from transformers import (

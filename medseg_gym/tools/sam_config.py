@@ -33,6 +33,12 @@ def published(size: str = "B") -> Any:
     return sam_config(1024, **_SIZES[size])
 
 
+def published_size(config: Any) -> str | None:
+    """Which published SAM ("B", "L", "H") a SamConfig is of, told by its encoder's width and depth; None for others."""
+    vision = config.vision_config
+    return {(768, 12): "B", (1024, 24): "L", (1280, 32): "H"}.get((vision.hidden_size, vision.num_hidden_layers))
+
+
 def sam_config(
     image_size: int,
     *,

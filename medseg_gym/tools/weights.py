@@ -111,11 +111,27 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return _state(path, _unpickled(path))
 
 
+def _check_packed(path: Path) -> None:
+    """BadDataError for an archive that would unpack to far more than it is: PyTorch packs nothing."""
+    import zipfile
+
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile:
+        return  # torch says what is wrong with it
+    if unpacked > 2 * path.stat().st_size + 2**20:
+        raise BadDataError(f"{path}: refused, an archive of {path.stat().st_size} bytes that unpacks to {unpacked}")
+
+
 def _unpickled(path: Path) -> object:
     import pickle
 
     import torch
 
+    _check_packed(path)
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -123,13 +139,16 @@ def _unpickled(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it calls {named[1]}" if named else str(error).splitlines()[0]
+        told = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # its first line tells how to run the code
+        what = f"it calls {named[1]}" if named else told[1].strip() if told else "unlike any state dict"
         raise BadDataError(
             f"{path}: refused, this pickle holds more than weights ({what}) and could run code; have whoever made it "
             f"save the state dict alone, or as safetensors"
         ) from None
     except Exception as error:  # torch names a damaged archive by a dozen types
         first = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, LookupError):  # of the unpickler, about a byte: no word of use
+            first = "neither PyTorch's archive nor a pickle"
         raise BadDataError(f"{path}: not a readable checkpoint ({first})") from None
 
 

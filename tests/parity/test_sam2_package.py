@@ -43,7 +43,7 @@ def lines(state: Any) -> str:
 
 
 def test_the_committed_key_list_is_the_packages() -> None:
-    """tests/test_sam2_original.py makes its checkpoints from this list, where the package is not installed."""
+    """tests/test_checkpoints.py makes its checkpoints from this list, where the package is not installed."""
     assert KEYS.read_text() == lines(package_model("T").state_dict())
 
 

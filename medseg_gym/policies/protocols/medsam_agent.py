@@ -124,6 +124,8 @@ class MedSAMAgent:
 
     def _read(self, text: str, grid: Grid) -> Action:
         rest = after_thought(text)
+        if rest is None and "<think>" in text:
+            raise Unread("<think> was not closed by </think>")  # a call weighed in it is none
         body, _ = between(text if rest is None else rest, "tool_call")
         name, arguments = self._call(body)
         if name == "add_bbox":

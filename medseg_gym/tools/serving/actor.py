@@ -13,7 +13,7 @@ from medseg_gym.errors import MedSegError
 from medseg_gym.tools.serving.batcher import BusyError, ClosedError
 from medseg_gym.tools.serving.host import Ask, MissingError, ToolHost
 from medseg_gym.tools.serving.limits import Limits
-from medseg_gym.tools.serving.remote import RefusedError, Remote, ServerError
+from medseg_gym.tools.serving.remote import RefusedError, Remote, ServerError, UnreachableError
 from medseg_gym.types import Image, Prediction
 
 THREADS = 64  # calls that the actor holds at once; all but the batcher's thread only wait
@@ -137,12 +137,12 @@ class ActorTool(Remote):
                     getattr(self.actor, method).remote(*arguments), timeout=max(0.01, until - time.monotonic())
                 )
             except broken.GetTimeoutError:
-                raise ServerError(f"{self} gave no answer within {self.timeout:g} s") from None
+                raise UnreachableError(f"{self} gave no answer within {self.timeout:g} s") from None
             except broken.RayActorError as error:
                 # A call under way when the actor dies says so too, though a restart follows; death repeats itself.
                 deaths += isinstance(error, broken.ActorDiedError)
                 if deaths > DEATHS or time.monotonic() + wait > until:
-                    raise ServerError(f"{self}'s actor is gone: {_reason(error)}") from None
+                    raise UnreachableError(f"{self}'s actor is gone: {_reason(error)}") from None
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
 

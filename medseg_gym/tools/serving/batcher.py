@@ -106,8 +106,9 @@ class Batcher:
         while batch := self._next():
             self._answer(batch)
             now = time.monotonic()
-            with self._changed:
-                self._recent.update((job.owner, now) for job in batch)
+            if self.max_batch > 1:  # else nobody is waited for, and nobody would be forgotten
+                with self._changed:
+                    self._recent.update((job.owner, now) for job in batch)
 
     def _next(self) -> list[Job]:
         """The next batch; empty once the batcher is closed and nothing is queued."""

@@ -15,7 +15,7 @@ import numpy as np
 from medseg_gym.errors import MedSegError, unknown
 from medseg_gym.tools.serving import wire
 from medseg_gym.tools.serving.host import Ask, MissingError
-from medseg_gym.tools.serving.remote import RefusedError, Remote, ServerError
+from medseg_gym.tools.serving.remote import RefusedError, Remote, ServerError, UnreachableError
 from medseg_gym.types import Image, Prediction
 
 BYTES = "application/octet-stream"
@@ -130,13 +130,13 @@ class RemoteTool(Remote):
                     redirect=False,
                 )
             except broken.ReadTimeoutError:
-                raise ServerError(
+                raise UnreachableError(
                     f"{self.url} gave no answer within {self._timeout:g} s; is it overloaded? A larger timeout= waits "
                     "longer"
                 ) from None
             except (broken.HTTPError, OSError) as error:
                 if last:
-                    raise ServerError(
+                    raise UnreachableError(
                         f"no tool server answers at {self.url} ({_short(error)}); start one with "
                         "`medseg-gym tools serve --tool NAME`, or mend the address"
                     ) from None
@@ -212,10 +212,10 @@ def _error(url: str, status: int, body: bytes) -> Exception:
     if status == 409 and isinstance(missing, dict):
         return MissingError([str(n) for n in missing.get("images", ())], [str(n) for n in missing.get("priors", ())])
     if status == 401:
-        return ServerError(f"{url} wants a token: give token=, or set ${TOKEN_VARIABLE} to the server's")
+        return UnreachableError(f"{url} wants a token: give token=, or set ${TOKEN_VARIABLE} to the server's")
     if status in (400, 413, 415, 422):
         return RefusedError(f"{url}: {text}")
-    return ServerError(f"{url}: {text}")
+    return (ServerError if status == 500 else UnreachableError)(f"{url}: {text}")  # 500: over this very request
 
 
 def _wait(attempt: int, told: str | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from medseg_gym.errors import BadDataError, MedSegError
+from medseg_gym.errors import BadDataError, MedSegError, ToolUnavailableError
 from medseg_gym.images import image_hash
 from medseg_gym.tools.base import Memory
 from medseg_gym.tools.serving.host import PROTOCOL, Ask, MissingError
@@ -18,20 +18,25 @@ from medseg_gym.types import Box, Click, Embedding, Image, Logits, Prediction, P
 
 PIXELS = "pixels"  # the one feature of a remote embedding: the image, to be sent again after an eviction
 ROUNDS = 8  # of sending what is missing, before giving up
+ENCODE_BATCHES = 4  # one call has at most so many batches of images encoded
 SHARE = 4  # one call names at most 1 / SHARE of the image bytes that the server keeps
 KINDS: dict[str, type[Prompt]] = {"Box": Box, "Click": Click}
 T = TypeVar("T")
 
 
 class ServerError(MedSegError, RuntimeError):
-    """A tool server that cannot be reached, or does not do what it should."""
+    """A tool server that does not do what it should."""
+
+
+class UnreachableError(ServerError, ToolUnavailableError):
+    """A tool server that cannot be reached, or answers nobody: no query is to blame, and a later run may find it."""
 
 
 class RefusedError(MedSegError, ValueError):
     """A request that the tool server, or its tool, does not take."""
 
 
-class ToolChangedError(ServerError):
+class ToolChangedError(ServerError, ToolUnavailableError):
     """The server came back with another tool, or with other weights or settings."""
 
 
@@ -62,7 +67,9 @@ class Remote(abc.ABC):
     def encode(self, images: Sequence[Image]) -> list[Embedding]:
         """One handle an image, in order; the host has encoded them all by then."""
         handles = [_handle(image) for image in images]
-        for part in self._parts(handles, lambda handle: (handle.image, handle.nbytes, 0)):
+        # A few batches a call, or hundreds of slow encodes would outlast the client's patience with one request.
+        few = ENCODE_BATCHES * self.max_batch
+        for part in self._parts(handles, lambda handle: (handle.image, handle.nbytes, 0), few):
             self._encode_part({handle.image: handle.features[PIXELS] for handle in part})
         return handles
 
@@ -147,8 +154,11 @@ class Remote(abc.ABC):
                 "begin again with a new process, env or tool"
             )
 
-    def _parts(self, items: Sequence[T], weight: Callable[[T], tuple[str, int, int]]) -> Iterator[list[T]]:
+    def _parts(
+        self, items: Sequence[T], weight: Callable[[T], tuple[str, int, int]], most_items: int | None = None
+    ) -> Iterator[list[T]]:
         """The items in runs that one call may hold; `weight` gives image, its bytes, and bytes of body and answer."""
+        longest = min(self.limits["queries"], most_items or self.limits["queries"])
         most = max(1, self.limits["image_bytes"] // SHARE)
         traffic = min(self.limits["body_bytes"], self.limits["answer_bytes"]) // 2
         part: list[T] = []
@@ -156,7 +166,7 @@ class Remote(abc.ABC):
         moved = 0
         for item in items:
             image, size, bytes_ = weight(item)
-            full = len(part) >= self.limits["queries"] or moved + bytes_ > traffic
+            full = len(part) >= longest or moved + bytes_ > traffic
             if part and (full or sum(images.values()) + (0 if image in images else size) > most):
                 yield part
                 part, images, moved = [], {}, 0
