@@ -105,6 +105,20 @@ def test_the_table_of_two_agents_on_two_datasets_worked_by_hand() -> None:
     assert (agent.cases, agent.patients) == (4, 4)
 
 
+def test_iou_and_dice_are_shown_by_dataset_and_modality() -> None:
+    """IoU .700 drawn and .400 CT; Dice (8/9 + 3/4) / 2 = .819 and (2/3 + 6/13) / 2 = .564."""
+    results = [results_of(SUITE, [*AGENT, *ORACLE])]
+    text, html = markdown(results, []), page(results, [])
+    for of, drawn, scan in (("IoU", "0.700", "0.400"), ("Dice", "0.819", "0.564")):
+        assert f"{of} by dataset and modality" in text and f"{of} by dataset and modality" in html
+        grid = text.partition(f"{of} by dataset and modality:")[2].partition("\n\n")[2].partition("\n\n")[0]
+        (row,) = [line for line in grid.splitlines() if line.startswith("| Agent")]
+        cells = [cell.strip().partition(" ")[0] for cell in row.split("|")[1:-1]]
+        assert cells[2:6] == [drawn, scan, scan, drawn]  # Phantom, BTCV, mean CT, mean drawn
+        table = html.partition(f"<summary>{of} by dataset and modality")[2].partition("</details>")[0]
+        assert f"<td>{drawn}<small>" in table and f"<td>{scan}<small>" in table
+
+
 def test_numbers_without_an_interval_are_averaged_by_modality_too() -> None:
     """Two datasets of one modality and one of another: (mean(.3, .8) + .2) / 2, not the mean of three."""
     group = _Group({}, {}, {}, {"a": "CT", "b": "CT", "c": "MRI"}, 5)

@@ -94,6 +94,8 @@ def test_robust_corrupts_in_every_way_and_has_the_same_agents_on_clean_images() 
     entries = suite("robust").entries
     kinds = {entry.group.rpartition("-")[0] for entry in entries if entry.group != "clean"}
     assert kinds == set(CORRUPTIONS)
+    oracles = {"BoxOnce", "OracleClicks", "OracleBoxThenClicks"}
+    assert all(oracles <= set(entry.policies) for entry in entries if entry.group != "clean")
     clean = {spec for entry in entries if entry.group == "clean" for spec in entry.policies}
     assert clean >= {spec for entry in entries for spec in entry.policies}
     assert any("jitter" in spec for spec in clean) and any("miss" in spec for spec in clean) and "CentreClick" in clean

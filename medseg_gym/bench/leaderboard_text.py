@@ -116,17 +116,22 @@ def _table(table: Table, titled: bool) -> str:
     body = [_cells(row, table) for row in table.rows]
     parts = [f"### {group_title(table)}" if titled else "", grid(head, body)]
     if len(table.modality) > 1:
-        names = list(table.modality)
-        kinds = sorted(set(table.modality.values()))
-        lines = []
-        for row in table.rows:
-            of = {**row.iou.datasets, **{f"mean {kind}": mean for kind, mean in row.iou.modalities.items()}}
-            columns = [*names, *(f"mean {kind}" for kind in kinds)]
-            cells = [interval(of.get(name)) for name in columns]
-            lines.append([agent(row), row.tool, *cells, interval(row.iou.overall), interval(row.iou_iqm)])
-        heads = ["policy", "tool", *names, *(f"mean {kind}" for kind in kinds), "overall", "IQM"]
-        parts.append(f"IoU by dataset and modality:\n\n{grid(heads, lines)}")
+        parts += [_by_dataset(table, "IoU"), _by_dataset(table, "Dice")]
     return "\n\n".join(part for part in parts if part)
+
+
+def _by_dataset(table: Table, of: str) -> str:
+    """Means by dataset, modality and overall; the papers' tables have both IoU and Dice."""
+    kinds = sorted(set(table.modality.values()))
+    columns = [*table.modality, *(f"mean {kind}" for kind in kinds)]
+    lines = []
+    for row in table.rows:
+        averages, iqm = (row.iou, row.iou_iqm) if of == "IoU" else (row.dice, row.dice_iqm)
+        means = {**averages.datasets, **{f"mean {kind}": mean for kind, mean in averages.modalities.items()}}
+        cells = [*(interval(means.get(name)) for name in columns), interval(averages.overall)]
+        lines.append([agent(row), row.tool, *cells, interval(iqm)])
+    heads = ["policy", "tool", *columns, "overall", "IQM"]
+    return f"{of} by dataset and modality:\n\n{grid(heads, lines)}"
 
 
 def _cells(row: Row, table: Table) -> list[str]:

@@ -214,7 +214,8 @@ _ALL = (
     Suite(
         "medsam-agent-21",
         "MedSAM-Agent's 21 datasets",
-        "The 21 datasets of MedSAM-Agent's Table 1 with its three tools, five actions.",
+        "The 21 datasets of MedSAM-Agent's Table 1 with its three tools, five actions; 200 cases drawn from each "
+        "dataset's test split, where the paper takes all.",
         _pairs(_PAPER_21, PAPER_TOOLS, cases=200, options=NO_UNDO),
     ),
     Suite(
