@@ -353,6 +353,15 @@ def test_evaluation_writes_the_same_episodes(blobs: Blobs, tmp_path: Any) -> Non
     assert texts[0] == texts[1] and len(texts[0].splitlines()) == 3
 
 
+def test_a_servers_token_is_in_no_file_of_a_run(blobs: Blobs, tmp_path: Any) -> None:
+    with running(CachedTool(Stub()), token="very-secret-token") as (url, _):
+        given = {"token": "very-secret-token", "retries": 2}
+        evaluate("MedSeg-v0", "BoxOnce", out=tmp_path, dataset=blobs, tool=url, tool_options=given, cases=2)
+    written = {file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()}
+    assert "summary.json" in written and "retries" in written["summary.json"]
+    assert not [name for name, text in written.items() if "secret" in text]
+
+
 def test_it_can_be_pickled_and_shared_by_threads() -> None:
     image = random_image(8)
     wanted = episode(CachedTool(Noisy()), image)

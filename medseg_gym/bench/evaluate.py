@@ -27,6 +27,7 @@ from medseg_gym.registration import ANY
 from medseg_gym.rewards import describe
 from medseg_gym.types import Episode, Unreadable
 
+SECRET = "token"  # the option of a tool server that no record may hold
 Progress = Callable[[str, int, int], None]  # (label, cases done, cases)
 
 
@@ -197,7 +198,7 @@ def _summary(
             "dataset": pair.env.dataset.name,
             "dataset_options": _plain(pair.env.engine.config.dataset_options),
             "tool": pair.env.tool.name,
-            "tool_options": _plain(pair.env.engine.config.tool_options),
+            "tool_options": _plain({k: v for k, v in pair.env.engine.config.tool_options.items() if k != SECRET}),
             "tool_fingerprint": pair.env.tool.fingerprint,
             "policy": pair.label,
         }
