@@ -239,6 +239,7 @@ def test_a_damaged_file_counts_as_not_there_and_is_written_again(tmp_path: Path)
     flipped = whole[:at] + b"\x80" + whole[at + 1 :]
     for damage in (flipped, whole[: len(whole) // 2], b"", b"not hdf5 at all", bytes(len(whole))):
         file.write_bytes(damage)
+        assert DiskCache(FINGERPRINT, tmp_path).has(digest) == (damage is flipped)  # its bytes are not read for that
         tool = Counting()
         cached = CachedTool(tool, disk=DiskCache(FINGERPRINT, tmp_path))
         assert np.array_equal(cached.encode([image])[0].features["pixels"], image)

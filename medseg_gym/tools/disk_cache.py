@@ -54,8 +54,15 @@ class DiskCache:
         return self.path / image[:2] / f"{image}.h5"
 
     def has(self, image: str) -> bool:
-        """Whether there is a file for an image; `get` says whether it is sound."""
-        return self.file(image).is_file()
+        """Whether there is a whole file for an image, of this tool; its arrays are not read, `get` checks them."""
+        import h5py
+
+        try:
+            with h5py.File(self.file(image), "r", locking=False) as handle:
+                _check_stamp(handle, self.fingerprint, image)
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError):
+            return False
+        return True
 
     def get(self, image: str) -> Embedding | None:
         """The embedding of an image hash, None if it is not there or not as it was written."""
@@ -180,10 +187,14 @@ def _write(handle: Any, fingerprint: str, embedding: Embedding) -> None:
         data.attrs.update(name=name, checksum=zlib.crc32(flat.data if flat.size else b""), **about)
 
 
-def _read(handle: Any, fingerprint: str, image: str, device: str) -> Embedding:
+def _check_stamp(handle: Any, fingerprint: str, image: str) -> None:
     stamp = (int(handle.attrs["schema"]), handle.attrs["fingerprint"], handle.attrs["image"])
     if stamp != (SCHEMA, fingerprint, image):
         raise ValueError(f"stamped {stamp}")
+
+
+def _read(handle: Any, fingerprint: str, image: str, device: str) -> Embedding:
+    _check_stamp(handle, fingerprint, image)
     features: dict[str, Any] = {}
     for number in range(len(handle)):
         data = handle[str(number)]
