@@ -24,7 +24,7 @@ $(VENV)/.core: $(PINNED)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(PIP_INSTALL) -c constraints.txt torch==2.13.0 -e '.[dev,sb3,rllib]'
+	$(PIP_INSTALL) -c constraints.txt torch==2.13.0 -e '.[dev,sb3,rllib,rl]'
 	@touch $@
 
 # The newest Gymnasium needs neither torch nor ray for the envs, so this environment stays small.

@@ -1,0 +1,1 @@
+"""Engines that generate a policy's answers: `fake` for tests and benchmarks, `hf` through transformers."""

@@ -1,0 +1,59 @@
+"""EnvWorker: a vector env that is spoken to in chat, completions in and messages out, each slot in its own time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from medseg_gym.types import Ended, Episode
+
+Message = Mapping[str, Any]  # policies.chat's: {"role", "content"}, a user turn's content being a picture and a text
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Observed:
+    """What a slot shows after a reset or a turn."""
+
+    messages: Sequence[Message]  # what is new in the chat; without the protocol's history the whole chat
+    turn: int  # actions taken so far
+    iou: float
+    dice: float
+    reward: float = 0.0  # of the turn
+    terms: Mapping[str, float] = field(default_factory=dict)
+    readable: bool = True  # whether the turn's completion held an action
+    ended: Ended | None = None  # then `messages` is empty
+
+
+class EnvWorker(Protocol):
+    """One SegmentVectorEnv and the protocol spoken with it. Local, or an actor elsewhere: the same awaits.
+
+    What is asked of several slots while the env is busy is executed in one step, with one tool call; no slot waits for
+    another that was not asked about.
+    """
+
+    slots: int
+    history: bool  # the protocol's: whether a chat goes on over the turns
+
+    async def reset(self, slot: int, key: str, seed: int) -> Observed:
+        """Begins an episode of a case. A case that cannot be read raises MedSegError."""
+        ...
+
+    async def step(self, slot: int, text: str) -> Observed:
+        """One turn: the completion is read by the protocol and its action executed. A tool's error ends the episode
+        as "failed"."""
+        ...
+
+    async def episode(self, slot: int, case: int, seed: int) -> Episode:
+        """The slot's episode so far, its turns' texts included."""
+        ...
+
+    async def keys(self, split: str) -> list[str]:
+        """The cases of a split, in order."""
+        ...
+
+    async def counters(self) -> Mapping[str, float]:
+        """Of the tool and its cache: encodes, hits, misses, tool_calls, busy_s."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""Trajectories: demonstrations for supervised training, sampled by strategies that see the target."""
