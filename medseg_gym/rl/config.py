@@ -89,13 +89,17 @@ class GRPOConfig(Common):
     clip_high: float = 0.28
     dual_clip: float = 0.0  # bound of the loss at negative advantages, such as 3; 0 is off
     kl: float = 0.0  # weight of the KL term against the reference policy
+    kl_ratio: bool = False  # weigh the KL term with the ratio, which makes its gradient unbiased (DeepSeek-V3.2)
     reference: str = ""  # its checkpoint folder; "" the policy before training
-    importance: str = "token"  # correction between engine and learner: "token", "sequence" or "none"
-    importance_cap: float = 2.0  # truncation of its weights
+    importance: str = "token"  # correction between engine and learner: "token", "sequence", "none", "ignore" (rl/loss)
+    importance_cap: float = 2.0  # truncation of its weights; "token_mask", "sequence_mask": above it they are 0
+    ratio: str = "token"  # new over old probability: each token's, or "sequence": one a chat (GSPO)
+    surrogate: str = "clip"  # or "cispo", "sapo", "vespo": how the ratio is bounded
     credit: str = "episode"  # or "turn": a turn's advantage is of the rewards from it on
     filter: bool = True  # drop groups whose rewards are all equal, and draw others
     resample: int = 2  # most rounds of drawing others
     curriculum: str = "none"  # or "difficulty": cases the policy neither always nor never solves come more often
+    solved: float = 0.8  # the last IoU from which an episode counts as solved, for the curriculum
     # long runs
     gallery_every: int = 50  # iterations between galleries of sampled episodes; 0 never
     patience: int = 0  # validations without a better mean IoU before the run ends; 0 never
