@@ -13,6 +13,8 @@ from medseg_gym.cli_data import app as data_app
 from medseg_gym.cli_leaderboard import app as leaderboard_app
 from medseg_gym.cli_terminal import clean_errors, console, progress_bars
 from medseg_gym.cli_tools import app as tools_app
+from medseg_gym.cli_train import grpo, sft
+from medseg_gym.cli_trajectories import app as trajectories_app
 from medseg_gym.cli_verify import rescore
 from medseg_gym.errors import MedSegError, UnknownNameError
 
@@ -28,6 +30,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data", help="Prepare, list and check datasets.")
 app.add_typer(leaderboard_app, name="leaderboard", help="Play suites, build the leaderboard, freeze results.")
 app.add_typer(tools_app, name="tools", help="List tools, get their weights, embed datasets, serve.")
+app.add_typer(trajectories_app, name="trajectories")
 
 
 @app.callback(invoke_without_command=True)
@@ -152,6 +155,8 @@ def report(
 
 
 app.command()(rescore)
+app.command()(sft)
+app.command()(grpo)
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
