@@ -125,10 +125,10 @@ class _Sampler:
     """A logits processor for a batch of one: bans ids, keeps the log-probabilities, adds Gumbel noise from a seed."""
 
     def __init__(self, temperature: float, seed: int, banned: Sequence[int]) -> None:
-        import torch
+        from medseg_gym.rl.sampling import generator
 
         self.temperature, self.banned = temperature, list(banned)
-        self.random = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
+        self.random = generator(seed)
         self.logprobs: list[float] = []  # of all tokens but the newest, whose choice is not known here yet
         self._row: Any = None
 
@@ -139,6 +139,8 @@ class _Sampler:
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         import torch
 
+        from medseg_gym.rl.sampling import gumbel
+
         if self._row is not None:  # a row of a whole vocabulary is not kept for every token
             self.logprobs.append(self.of(int(input_ids[0, -1])))
         scores = scores.float().clone()
@@ -148,8 +150,7 @@ class _Sampler:
         self._row = scores[0].log_softmax(-1)
         if not self.temperature:
             return scores
-        uniform = torch.rand(scores.shape, generator=self.random, dtype=torch.float64).clamp_(1e-300)
-        return scores - (-uniform.log()).log().to(scores)
+        return scores + gumbel(self.random, scores.shape[-1]).to(scores)
 
 
 class VLLMModel:

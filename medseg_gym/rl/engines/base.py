@@ -54,7 +54,8 @@ class EngineStatus:
     version: int
     paused: bool
     running: int  # requests under way
-    counters: Mapping[str, float] = field(default_factory=dict)  # prompt_tokens, completion_tokens, busy_s, requests
+    # prompt_tokens, busy_s and requests, of the answers that are done; completion_tokens, as they are sampled
+    counters: Mapping[str, float] = field(default_factory=dict)
 
 
 class PolicyEngine(Protocol):
