@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medseg_gym.errors import BadDataError, MedSegError
+from medseg_gym.rl.pixels import Patches
 from medseg_gym.types import Image
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Message = Mapping[
     str, Any
 ]  # {"role": str, "content": str | [{"type": "image", "image": Image} | {"type": "text", "text": str}]}
+
+TEXTS = 4096  # texts whose ids are kept
 
 _PROBE: list[dict[str, Any]] = [
     {"role": "system", "content": [{"type": "text", "text": "a"}]},
@@ -49,6 +52,7 @@ class ChatTokens:
 
     def __init__(self, tokenizer: Any, processor: Any) -> None:
         self.tokenizer, self.processor = tokenizer, processor
+        self.patches = Patches(processor)
         self.cell = int(processor.patch_size) * int(processor.merge_size)  # pixels of a visual token's side
         self.start, self.end = self._special("<|im_start|>"), self._special("<|im_end|>")
         self.vision_start, self.vision_end = self._special("<|vision_start|>"), self._special("<|vision_end|>")
@@ -62,6 +66,7 @@ class ChatTokens:
             self._special("<|video_pad|>"),
         }
         self.banned_ids -= {self.end}
+        self._texts: dict[str, tuple[int, ...]] = {}  # most texts of a chat are the same in every chat
         self._newline = self.text("\n")
         self._check_template()
 
@@ -73,12 +78,26 @@ class ChatTokens:
 
         if not Path(folder).is_dir():
             raise MedSegError(f"no checkpoint folder at {folder}; give the path of a local Qwen-VL checkpoint")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise BadDataError(
+                f"{folder} holds no tokenizer and image processor that transformers loads; wanted a whole Qwen-VL "
+                f"checkpoint: {why}"
+            ) from None
+        return cls(tokenizer, processor)
 
     def text(self, text: str) -> tuple[int, ...]:
         """The ids of plain text; nothing in it is read as a special token."""
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        ids = self._texts.get(text)
+        if ids is None:
+            if len(self._texts) >= TEXTS:
+                self._texts.clear()
+            ids = tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+            self._texts[text] = ids
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled ids, for people and parsers; special tokens are left out."""
@@ -152,19 +171,15 @@ class ChatTokens:
         inputs = {"input_ids": ids, "attention_mask": attention}
         images = [image for prompt in prompts for image in prompt.images]
         if images:
-            pixels = self.processor(images=[np.asarray(image) for image in images], return_tensors="pt")
-            inputs["pixel_values"], inputs["image_grid_thw"] = pixels["pixel_values"], pixels["image_grid_thw"]
+            inputs["pixel_values"], inputs["image_grid_thw"] = self.patches(images)
             inputs["mm_token_type_ids"] = (ids == self.image_pad).long()
         return inputs
 
     def check(self, prompt: TokenPrompt) -> None:
         """BadDataError unless the runs of image tokens are as many and as long as the images need."""
-        runs: list[int] = []
-        for i, token in enumerate(prompt.ids):
-            if token == self.image_pad:
-                if i == 0 or prompt.ids[i - 1] != self.image_pad:
-                    runs.append(0)
-                runs[-1] += 1
+        pads = np.array(prompt.ids, np.int64) == self.image_pad
+        edges = np.flatnonzero(np.diff(pads, prepend=False, append=False))  # where runs begin and end, in turn
+        runs = (edges[1::2] - edges[::2]).tolist()
         wanted = [self.visual_tokens(image) for image in prompt.images]
         if runs != wanted:
             raise BadDataError(f"image tokens come in runs of {runs}; the images need {wanted}")
