@@ -131,6 +131,17 @@ class Engine:
             else:
                 self._take(slot, action, state)
 
+    def truncate(self, index: int) -> None:
+        """Ends an episode under way at the turns it has, at least one, as if its horizon were these."""
+        slot = self.running(index)
+        if not slot.outcomes:
+            raise MedSegError(f"the episode in slot {index} has no turn yet; step it before it is truncated")
+        slot.ended = "horizon" if slot.progress.readable else "unreadable"
+        if self.reward.timing == "terminal":  # the other timings have paid already
+            slot.terms = self.reward.terms_of_turn(slot.progress, slot.progress, ends=True)
+            last = slot.outcomes[-1]
+            last.terms, last.reward = slot.terms, sum(slot.terms.values())
+
     def running(self, index: int) -> Slot:
         """The slot, if an episode is under way in it."""
         slot = self.slot(index)

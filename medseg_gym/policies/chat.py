@@ -44,14 +44,26 @@ def messages(view: View, protocol: ChatProtocol, size: int = SIZE) -> list[Messa
     texts += [""] * (len(view.history) - len(texts))
     answered = [(action, text) for (_, action), text in zip(view.history, texts, strict=True)]
     masks = [*(mask for mask, _ in view.history), view.mask]
-    draw = _Pictures(view.image, protocol, size)
+    draw = Pictures(view.image, protocol, size)
     last = len(answered)
     chat = [_system(protocol)]
     for turn in range(0 if protocol.history else last, last + 1):
-        chat.append(_user(protocol, draw, view.instruction, masks, answered, turn))
+        chat.append(_user(protocol, draw, view.instruction, masks[turn], _before(answered, turn), turn))
         if turn < last:
             chat.append(_assistant(protocol, draw.grid, answered[turn]))
     return chat
+
+
+def news(view: View, protocol: ChatProtocol, pictures: Pictures) -> list[Message]:
+    """What the present turn adds to the chat: its user turn, after the system prompt where a chat begins with it.
+
+    The last messages that `messages` of the view gives, without drawing the earlier turns' pictures again. `pictures`
+    are of the view's image and serve all its turns.
+    """
+    turn = len(view.history)
+    last = view.history[-1][1] if turn else None
+    user = _user(protocol, pictures, view.instruction, view.mask, last, turn)
+    return [user] if turn and protocol.history else [_system(protocol), user]
 
 
 def of_episode(episode: Episode, image: Image, protocol: ChatProtocol, size: int = SIZE) -> list[list[Message]]:
@@ -65,10 +77,10 @@ def of_episode(episode: Episode, image: Image, protocol: ChatProtocol, size: int
     first = decode_mask(episode.start) if episode.start is not None else _nothing(image)
     masks = [first, *(decode_mask(mask) for mask in given)]
     answered: list[Answered] = [(turn.action, turn.text) for turn in episode.turns]
-    draw = _Pictures(image, protocol, size)
+    draw = Pictures(image, protocol, size)
     pairs = [
         [
-            _user(protocol, draw, episode.instruction, masks, answered, turn),
+            _user(protocol, draw, episode.instruction, masks[turn], _before(answered, turn), turn),
             _assistant(protocol, draw.grid, answered[turn]),
         ]
         for turn in range(len(answered))
@@ -107,12 +119,17 @@ def check_size(size: int) -> int:
     return size
 
 
-class _Pictures:
-    """The pictures of one image in a protocol's colours."""
+class Pictures:
+    """The pictures of one image in a protocol's colours: made once a case, drawn once a turn."""
 
     def __init__(self, image: Image, protocol: ChatProtocol, size: int) -> None:
         self.grid = Grid(image.shape[0], image.shape[1])
         self.overlay = Overlay(image, check_size(size), protocol.colour, protocol.alpha)
+        self.colours = (*protocol.colour, protocol.alpha)  # with image and mask all that decides a picture
+
+    def draw(self, mask: Mask) -> Image:
+        """The (S, S, 3) picture of a mask; of an empty one the same read-only array every time."""
+        return self.overlay.draw(mask) if mask.any() else self.overlay.plain
 
 
 def _system(protocol: ChatProtocol) -> Message:
@@ -121,16 +138,20 @@ def _system(protocol: ChatProtocol) -> Message:
 
 def _user(
     protocol: ChatProtocol,
-    draw: _Pictures,
+    draw: Pictures,
     instruction: str,
-    masks: Sequence[Mask],
-    answered: Sequence[Answered],
+    mask: Mask,
+    last: Action | Unreadable | None,
     turn: int,
 ) -> Message:
-    last = answered[turn - 1][0] if turn else None
-    moment = Moment(instruction, turn, bool(masks[turn].any()), last)
-    picture = {"type": "image", "image": draw.overlay.draw(masks[turn])}
+    moment = Moment(instruction, turn, bool(mask.any()), last)
+    picture = {"type": "image", "image": draw.draw(mask)}
     return {"role": "user", "content": [picture, {"type": "text", "text": plain(protocol.user(moment))}]}
+
+
+def _before(answered: Sequence[Answered], turn: int) -> Action | Unreadable | None:
+    """The action before a turn; None before the first."""
+    return answered[turn - 1][0] if turn else None
 
 
 def _assistant(protocol: ChatProtocol, grid: Grid, answered: Answered) -> Message:

@@ -22,11 +22,11 @@ Finish = Literal["stop", "length", "abort"]
 Span = tuple[int, int, int]  # (weights' version, first token, one past the last) within a completion
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ImageRef:
     """A picture and the hash it is known by, so that equal pictures are stored and sent once."""
 
-    sha: str  # sha256 of shape and bytes
+    sha: str  # sha256 of shape and bytes, or of all that decides them: pictures of one hash are equal
     pixels: Image  # (S, S, 3) uint8, read-only
 
     @staticmethod

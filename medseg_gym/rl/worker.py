@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from medseg_gym.errors import MedSegError
+from medseg_gym.rl.types import ImageRef
 from medseg_gym.types import Ended, Episode
+
+
+class LostError(MedSegError):
+    """A part elsewhere died, hung or was replaced: what it held is gone, and its work must be given again."""
+
+
+class UnplacedError(MedSegError):
+    """A part elsewhere found no place, or did not begin, within the time it was given."""
+
 
 Message = Mapping[str, Any]  # policies.chat's: {"role", "content"}, a user turn's content being a picture and a text
 
@@ -16,6 +27,7 @@ class Observed:
     """What a slot shows after a reset or a turn."""
 
     messages: Sequence[Message]  # what is new in the chat; without the protocol's history the whole chat
+    images: tuple[ImageRef, ...]  # the pictures in `messages`, in their order
     turn: int  # actions taken so far
     iou: float
     dice: float
@@ -23,6 +35,7 @@ class Observed:
     terms: Mapping[str, float] = field(default_factory=dict)
     readable: bool = True  # whether the turn's completion held an action
     ended: Ended | None = None  # then `messages` is empty
+    timing: Mapping[str, float] = field(default_factory=dict)  # seconds: queue_s, env_s (of the whole step), render_s
 
 
 class EnvWorker(Protocol):
@@ -39,9 +52,13 @@ class EnvWorker(Protocol):
         """Begins an episode of a case. A case that cannot be read raises MedSegError."""
         ...
 
-    async def step(self, slot: int, text: str) -> Observed:
+    async def step(self, slot: int, text: str, cut_off: bool = False) -> Observed:
         """One turn: the completion is read by the protocol and its action executed. A tool's error ends the episode
-        as "failed"."""
+        as "failed". `cut_off` says that the completion has no end of its own; an unreadable one is told so."""
+        ...
+
+    async def truncate(self, slot: int) -> None:
+        """Ends the episode under way at the turns it has, at least one, as if its horizon were these."""
         ...
 
     async def episode(self, slot: int, case: int, seed: int) -> Episode:
