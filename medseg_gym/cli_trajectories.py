@@ -196,5 +196,8 @@ def _stored(directory: Path) -> Trajectories:
 
     stored = Trajectories(directory)
     if not len(stored):
-        raise MedSegError(f"no trajectories in {directory}; make some with: medseg-gym trajectories --out {directory}")
+        raise MedSegError(
+            f"no trajectories in {directory}; the same command that began it goes on, or make some with: "
+            f"medseg-gym trajectories --env ID --strategy NAME --out {directory}"
+        )
     return stored

@@ -11,6 +11,8 @@ from typing import Any, TypeVar, get_type_hints
 
 from medseg_gym.errors import MedSegError, UnknownNameError, check_keywords, unknown
 
+PLACEMENTS = ("disaggregated", "colocated")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
@@ -104,6 +106,22 @@ class GRPOConfig(Common):
     gallery_every: int = 50  # iterations between galleries of sampled episodes; 0 never
     patience: int = 0  # validations without a better mean IoU before the run ends; 0 never
     stop_reward: float = 0.0  # ends the run when the mean training reward is above it; 0 never
+    # where the parts live; what is trained does not hang on it
+    cluster: str = ""  # "" all in this process; Ray: "local" starts a cluster here, "auto" or an address joins one
+    engines: int = 1  # policy engines; an episode stays with one
+    engine_options: Mapping[str, Any] = field(default_factory=dict)  # keywords of the engine: max_batch; vLLM's own
+    weights_folder: str = ""  # where new weights are left for engines, such as /dev/shm/run; "" sends them to each
+    tool_actors: int = 0  # tools shared by all env workers; 0: each has its own
+    placement: str = "disaggregated"  # or "colocated": engines and learner ranks share GPUs, one of each a bundle
+    worker_cpus: float = 1.0  # of the cluster, for each env worker, and so on; a GPU may be shared: 0.5
+    engine_cpus: float = 1.0
+    engine_gpus: float = 0.0
+    learner_cpus: float = 1.0
+    learner_gpus: float = 0.0
+    tool_cpus: float = 1.0
+    tool_gpus: float = 0.0
+    call_timeout: float = 1800.0  # seconds after which a call of an actor is taken for lost
+    patience_s: float = 900.0  # seconds an actor may take to find its place and to load
 
 
 PRESETS = "medseg_gym.rl.presets"

@@ -236,7 +236,9 @@ def files_of(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(path.glob(_GLOB), key=_number)
     if not path.exists():
-        raise DataMissingError(f"no trajectories at {path}; make some with: medseg-gym trajectories --out {path}")
+        raise DataMissingError(
+            f"no trajectories at {path}; make some with: medseg-gym trajectories --env ID --strategy NAME --out {path}"
+        )
     return [path]
 
 
@@ -261,5 +263,11 @@ def _number(path: Path) -> int:
 def _differences(found: str, wanted: str) -> str:
     one, other = json.loads(found), json.loads(wanted)
     names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-    said = [f"{name} is {one.get(name)!r}, now {other.get(name)!r}" for name in names[:5]]
+    said = [f"{name} is {_brief(one.get(name))}, now {_brief(other.get(name))}" for name in names[:5]]
     return "; ".join(said) + "; choose another folder, or the same settings"
+
+
+def _brief(value: Any) -> str:
+    """A setting on one line of an error; long ones, as what identifies an env, are cut."""
+    told = repr(value)
+    return told if len(told) <= 100 else f"{told[:97]}..."

@@ -277,5 +277,5 @@ def _range(name: str, value: Any) -> tuple[float, float]:
     except (TypeError, ValueError):
         low, high = -1.0, -1.0
     if not 0 <= low <= high < float("inf"):
-        raise MedSegError(f"{name}={value!r}; wanted (low, high) in pixels with 0 <= low <= high")
+        raise MedSegError(f"{name}={value!r}; wanted two numbers of pixels, [low, high], with 0 <= low <= high")
     return low, high
