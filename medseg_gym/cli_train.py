@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ def sft(config: ConfigFile = None, preset: Preset = "", setting: Setting = None,
     from medseg_gym.rl.config import SFTConfig, read
     from medseg_gym.rl.sft import FINAL, train
 
-    with clean_errors(), stoppable(), progress_bars() as progress, training_bar("sft") as show:
+    with clean_errors(), stoppable(), reading_bar() as progress, training_bar("sft") as show:
         settings = read(SFTConfig, config, **given(config, preset, setting, out))
         state = train(settings, show=show, say=say, progress=progress)
     if state.best is not None:
@@ -41,14 +41,14 @@ def sft(config: ConfigFile = None, preset: Preset = "", setting: Setting = None,
 def grpo(config: ConfigFile = None, preset: Preset = "", setting: Setting = None, out: Out = None) -> None:
     """Train a vision-language model by GRPO in an env; a killed run goes on by the same command."""
     from medseg_gym.rl.config import GRPOConfig, read
-    from medseg_gym.rl.grpo import FINAL, train
+    from medseg_gym.rl.grpo import BEST, FINAL, train
 
     shown = training_table if console(stderr=True).is_terminal else training_bar
     with clean_errors(), stoppable(), shown("grpo") as show:
         settings = read(GRPOConfig, config, **given(config, preset, setting, out))
         state = train(settings, show=show, say=say)
     if state.best is not None:
-        print(f"best validation: IoU {state.best:.3f} at iteration {state.best_step}")
+        print(f"best validation: IoU {state.best:.3f} at iteration {state.best_step}, in {Path(settings.out) / BEST}")
     print(f"written: {Path(settings.out) / FINAL}")
 
 
@@ -85,6 +85,23 @@ def stoppable() -> Iterator[None]:
     except Interrupted as stop:
         say("stopped and saved; give the same command again to go on")
         raise typer.Exit(128 + stop.signal if stop.signal else 1) from None
+
+
+@contextmanager
+def reading_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that is gone once its work is done, as two bars at once would overwrite each other."""
+    with ExitStack() as open_bars:
+        bar: Callable[[str, int, int], None] | None = None
+
+        def show(label: str, done: int, total: int) -> None:
+            nonlocal bar
+            bar = bar or open_bars.enter_context(progress_bars())
+            bar(label, done, total)
+            if done >= total:
+                open_bars.close()
+                bar = None
+
+        yield show
 
 
 @contextmanager

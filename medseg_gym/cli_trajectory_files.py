@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -177,17 +178,19 @@ def env_of(stored: Trajectories, env: str = "", dataset: str = "", size: int = 2
     spec = settings["reward"]
     made = told["env"] in gym.registry and not dataset
     pair = {} if made else {"dataset": dataset or told["dataset"], "tool": told["tool"]}
-    return gym.make(
-        told["env"] if made else "MedSeg-v0",
-        **pair,
-        **{name: value for name, value in options.items() if value},
-        horizon=max(trajectory.episode.horizon for trajectory in kept.records()),
-        size=size,
-        split=split if split != "all" else "train",
-        reward=spec["name"],
-        timing=spec["timing"],
-        disable_env_checker=True,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="an image observation does not say")  # the infos name the structure
+        return gym.make(
+            told["env"] if made else "MedSeg-v0",
+            **pair,
+            **{name: value for name, value in options.items() if value},
+            horizon=max(trajectory.episode.horizon for trajectory in kept.records()),
+            size=size,
+            split=split if split != "all" else "train",
+            reward=spec["name"],
+            timing=spec["timing"],
+            disable_env_checker=True,
+        )
 
 
 def _envs(stored: Trajectories) -> list[Mapping[str, Any]]:

@@ -61,6 +61,7 @@ class OneNumber:
         self.weight, self.steps = json.loads((folder / "learner.json").read_text())
 
     async def export(self, folder: Path) -> None:
+        self.order.append("export")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.json").write_text(json.dumps(self.weight))
 

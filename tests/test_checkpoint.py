@@ -110,3 +110,29 @@ def test_settings_that_decide_the_weights_bind_a_continuation_and_others_do_not(
     # with a schedule the learning rate hangs on the number of steps
     assert checkpoint.digest(config(schedule="cosine", steps=50)) != checkpoint.digest(config(schedule="cosine"))
     assert json.loads(json.dumps(checkpoint.binding(config()))) == checkpoint.binding(config())
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 6, writes(), {}, keep=1)
+    (tmp_path / "step-00000006" / "weights.bin").write_text("wei")
+    checkpoint.save(tmp_path, 4, writes(), {}, keep=1)
+    assert checkpoint.latest(tmp_path)[1]["step"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"lr": -1.0}, "lr=-1.0; wanted 0 or more"),
+        ({"lr": float("nan")}, "lr=nan; wanted 0 or more"),
+        ({"betas": [0.9, 2.0]}, "wanted 0 to 1"),
+        ({"lora_rank": -1}, "lora_rank=-1; wanted 0 or more"),
+        ({"micro_rows": 0}, "micro_rows=0; wanted 1 or more"),
+        ({"warmup": 1.5}, "warmup=1.5; wanted 0 to 1"),
+        ({"dtype": "float64"}, "unknown dtype"),
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+    ],
+)
+def test_numbers_that_no_run_can_have_are_refused_at_once(given: dict[str, object], told: str) -> None:
+    with pytest.raises(MedSegError, match=told):
+        config(**given)

@@ -19,11 +19,12 @@ from grpo_parts import CUE, settings, stand_ins
 
 from medseg_gym.errors import MedSegError, UnknownNameError
 from medseg_gym.rl.cluster.parts import cluster_parts
-from medseg_gym.rl.cluster.workers import RemoteWorker
+from medseg_gym.rl.cluster.workers import RemoteWorker, make
 from medseg_gym.rl.config import GRPOConfig
 from medseg_gym.rl.grpo import GRPO, train
 from medseg_gym.rl.parts import Parts
 from medseg_gym.rl.runlog import read_metrics
+from medseg_gym.tools.stub import Stub
 
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -34,7 +35,7 @@ HEAD_CPUS = 6
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One node, to which tests may add others. One thread everywhere: sums hang on their number."""
     import torch
     from ray.cluster_utils import Cluster
@@ -42,6 +43,7 @@ def cluster() -> Iterator[Any]:
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("MEDSEG_GYM_HOME", str(tmp_path_factory.mktemp("home")))  # with no data in it
         patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         torch.set_num_threads(1)
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": HEAD_CPUS, "include_dashboard": False})
@@ -181,6 +183,14 @@ def test_one_of_each_part_killed_in_mid_iteration_leaves_the_result_as_it_is(
     same_results(alone, tmp_path / "killed")
 
 
+def test_a_worker_with_a_tool_actor_leaves_the_tools_options_to_it() -> None:
+    options = {**CUE, "tool_options": {"device": "cuda"}}
+    tool = Stub()
+    made = make(tool_actor=tool, options=options, env="MedSeg-Phantom-Stub-v0", slots=1, protocol="tiny", size=64)
+    assert made.env.engine.tool.tool._tool is tool
+    asyncio.run(made.close())
+
+
 def remote_worker(number: int, **settings: Any) -> RemoteWorker:
     arguments = {"env": "MedSeg-Phantom-Stub-v0", "protocol": "tiny", "size": 64, "options": CUE}
     given = {"slots": 8, "history": True, "options": {"num_cpus": HEAD_CPUS - 1}, "timeout": 60.0, **settings}
@@ -206,11 +216,11 @@ def test_a_node_that_joins_late_plays_and_one_that_leaves_is_not_missed(cluster:
                 asked.append(workers[1].life)
                 if len(asked) == 10:  # of the first iteration: the second worker has found no place
                     assert not workers[1].there and workers[0].there
-                    nodes.append(await asyncio.to_thread(cluster.add_node, num_cpus=HEAD_CPUS))
+                    nodes.append(cluster.add_node(num_cpus=HEAD_CPUS))  # it wants the main thread
                     await workers[1].alive()
                 if len(asked) == 90:
                     assert workers[1].there
-                    await asyncio.to_thread(cluster.remove_node, nodes[0], False)
+                    cluster.remove_node(nodes[0], allow_graceful=False)
                 return await parts.engine.generate(request)
 
         given = Parts(workers, Events(), parts.learner, parts.tokens, parts.publish)  # type: ignore[arg-type]
@@ -251,7 +261,7 @@ def test_workers_that_find_no_place_at_all_end_the_run(cluster: Any, tmp_path: P
         asyncio.run(whole())
 
 
-def test_what_a_worker_lacks_is_said_as_in_one_process(cluster: Any, tmp_path: Path) -> None:
+def test_what_a_worker_lacks_is_said_as_in_one_process(cluster: Any) -> None:
     """An unknown dataset option by its name with what is known; data that are not there and how to get them."""
 
     async def keys(env: str, options: Any) -> None:
@@ -264,5 +274,5 @@ def test_what_a_worker_lacks_is_said_as_in_one_process(cluster: Any, tmp_path: P
 
     with pytest.raises(UnknownNameError, match="unknown task 'queue'"):
         asyncio.run(keys("MedSeg-Phantom-Stub-v0", {"dataset_options": {"task": "queue"}}))
-    with pytest.raises(MedSegError, match="medseg-gym"):
-        asyncio.run(keys("MedSeg-BTCV-Stub-v0", {"dataset_options": {"root": str(tmp_path)}}))
+    with pytest.raises(MedSegError, match="medseg-gym data prepare BTCV"):
+        asyncio.run(keys("MedSeg-BTCV-Stub-v0", {}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ def test_no_process_grows_over_the_iterations(cluster: None, tmp_path: Path) -> 
     engine = EngineRemote("engine", "test_cluster_memory:fake_engine", {}, **given)
 
     async def whole() -> None:
-        parts = Parts(workers, RemoteEngine([engine], lockstep=False), OneNumber(), chat_tokens(), sync.publish)
+        learner: Any = OneNumber()
+        parts = Parts(workers, RemoteEngine([engine], lockstep=False), learner, chat_tokens(), sync.publish)
         try:
             for part in (*workers, engine):
                 await part.alive()
@@ -71,12 +72,11 @@ def test_no_process_grows_over_the_iterations(cluster: None, tmp_path: Path) -> 
             processes |= {part.name: await process_of(part.actor) for part in (*workers, engine)}
 
             def show(step: int, *_: Any) -> None:
-                parts.learner.plans.clear()  # type: ignore[attr-defined]  # what the stand-in writes down
+                learner.plans.clear()  # what the stand-in writes down
                 for name, process in processes.items():
                     sizes.setdefault(name, []).append(own_megabytes(process))
 
-            run: Callable[..., GRPO] = GRPO
-            await run(settings(tmp_path, iterations=ITERATIONS, save_every=50), parts, show=show).run()
+            await GRPO(settings(tmp_path, iterations=ITERATIONS, save_every=50), parts, show=show).run()
         finally:
             await parts.close()
 

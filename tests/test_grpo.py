@@ -39,8 +39,8 @@ def numbers(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if not k.startswith(TIMED)} for record in read_metrics(out)]
 
 
-def final(out: Path) -> float:
-    return float(json.loads((out / "final" / "model.json").read_text()))
+def final(out: Path, name: str = "final") -> float:
+    return float(json.loads((out / name / "model.json").read_text()))
 
 
 def test_the_engine_gets_the_weights_after_the_checkpoint_and_whole_only_once(tmp_path: Path) -> None:
@@ -48,7 +48,15 @@ def test_the_engine_gets_the_weights_after_the_checkpoint_and_whole_only_once(tm
     parts = stand_ins()
     ran(settings(tmp_path, save_every=1, iterations=2), parts)
     once = ["step", "save", "weights part"]
-    assert parts.learner.order == ["weights full", "weights part", *once, *once, "weights full", "weights part"]
+    assert parts.learner.order == [
+        "weights full",
+        "weights part",
+        *once,
+        *once,
+        "weights full",
+        "weights part",
+        "export",
+    ]
     assert [(ref.version, ref.full) for ref in parts.engine.updates] == [(0, True), (1, False), (2, False)]
 
 
@@ -115,7 +123,7 @@ def test_a_run_killed_at_any_call_and_resumed_equals_an_uninterrupted_one(tmp_pa
     }
     learner = OneNumber()
     assert ran(settings(tmp_path / "whole", **more), stand_ins(learner=learner)).version == 2
-    calls = [*learner.order, "export"]
+    calls = learner.order
     moments = [(at, False) for at in range(len(calls))]
     moments += [(at, True) for at, call in enumerate(calls) if call in ("step", "save")]
     for at, after in moments:
@@ -125,6 +133,7 @@ def test_a_run_killed_at_any_call_and_resumed_equals_an_uninterrupted_one(tmp_pa
         ran(settings(out, **more), stand_ins())
         assert numbers(out) == numbers(tmp_path / "whole"), (calls[at], after)
         assert final(out) == final(tmp_path / "whole"), (calls[at], after)
+        assert final(out, "best") == final(tmp_path / "whole", "best"), (calls[at], after)
         assert len(list((out / "gallery").iterdir())) == 1, (calls[at], after)
 
 
@@ -233,6 +242,7 @@ def test_the_run_ends_early_when_validations_do_not_get_better(tmp_path: Path) -
     config = settings(tmp_path, iterations=9, validate_every=2, validate_cases=2, patience=2, save_every=100)
     state = ran(config, stand_ins())
     assert (state.step, state.best_step, state.worse) == (4, 0, 2) and "2 validations" in state.stopped
+    assert final(tmp_path, "best") == 0.0 < final(tmp_path)  # the best weights are kept: those before training
     before = numbers(tmp_path)
     assert ran(config, stand_ins()).step == 4
     assert numbers(tmp_path) == before
@@ -264,6 +274,7 @@ def test_a_gallery_is_written_as_often_as_it_is_asked_for(tmp_path: Path) -> Non
     [
         ({"rollouts": 1}, "rollouts=1; wanted 2 or more"),
         ({"save_every": 0}, "save_every=0"),
+        ({"seed": -1}, "seed=-1; wanted 0 or more"),
         ({"patience": 2}, "patience=2 counts validations"),
         ({"credit": "turns"}, "did you mean 'turn'"),
         ({"importance": "tokens"}, "did you mean 'token'"),

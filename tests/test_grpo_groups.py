@@ -34,6 +34,13 @@ def test_the_order_goes_on_from_its_state() -> None:
     assert start + [draw.key for draw in gone_on.draw(11)] == expected
 
 
+def test_a_state_of_other_cases_is_refused() -> None:
+    """Trap 10: a file of keys that was edited would give a run that goes on other cases, without a word."""
+    for other in (KEYS[:5], KEYS[::-1]):
+        with pytest.raises(MedSegError, match="not those this run began with"):
+            CaseOrder(other, seed=1).load(CaseOrder(KEYS, seed=1).state())
+
+
 def test_cases_never_or_always_solved_come_a_tenth_as_often() -> None:
     """With estimates 0, 1 and .5 the chances are .1, .1 and 1: over 600 looks 20 : 20 : 200 are expected."""
     order = CaseOrder(["never", "always", "half"], seed=0, curriculum="difficulty")
@@ -50,14 +57,14 @@ def test_the_estimate_of_success_runs_and_is_part_of_the_state() -> None:
     order = CaseOrder(KEYS, seed=0, curriculum="difficulty")
     order.played("case-0", 1.0)
     order.played("case-0", 0.5)  # 1 + .5 (.5 - 1)
-    assert order.state() == {"cursor": 0, "solved": {"case-0": 0.75}}
+    assert order.state() == {**CaseOrder(KEYS, seed=0).state(), "cursor": 0, "solved": {"case-0": 0.75}}
 
 
 def test_without_a_curriculum_nothing_is_remembered_or_passed_over() -> None:
     order = CaseOrder(KEYS, seed=0)
     order.played("case-0", 0.0)
     assert [draw.position for draw in order.draw(12)] == list(range(12))
-    assert order.state() == {"cursor": 12, "solved": {}}
+    assert order.state() == {**CaseOrder(KEYS, seed=0).state(), "cursor": 12, "solved": {}}
 
 
 def test_what_a_curriculum_draws_is_a_function_of_its_state() -> None:
@@ -66,7 +73,7 @@ def test_what_a_curriculum_draws_is_a_function_of_its_state() -> None:
         order.load(state)
         return order.draw(30)
 
-    state = {"cursor": 4, "solved": dict.fromkeys(KEYS[:4], 0.0)}
+    state = {**CaseOrder(KEYS, seed=3).state(), "cursor": 4, "solved": dict.fromkeys(KEYS[:4], 0.0)}
     assert drawn(state) == drawn(state)
 
 

@@ -68,7 +68,7 @@ def test_a_lost_learner_takes_the_run_back_to_its_newest_checkpoint_or_its_begin
 ) -> None:
     """Trap 17. Checkpoints are of iterations 2 and 4, so the first two cases begin anew."""
     learner = LostLearner(*lost_at)
-    more = {"validate_every": 1, "validate_cases": 2}
+    more: dict[str, Any] = {"validate_every": 1, "validate_cases": 2}
     assert run(tmp_path / "lost", learner, **more) == run(tmp_path / "whole", OneNumber(), **more)
     assert learner.restarts == len(lost_at)
     assert (tmp_path / "lost/final/model.json").read_text() == (tmp_path / "whole/final/model.json").read_text()

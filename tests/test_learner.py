@@ -249,6 +249,8 @@ def test_settings_that_fit_nothing_are_refused(folder, tmp_path):
         ({"freeze": ("*",)}, "nothing to train"),
         ({"lora_rank": 2, "lora_targets": ("q_prog",)}, "q_proj"),
         ({"dtype": "float16"}, "bfloat16"),
+        ({"device": "gpu"}, "device='gpu'; wanted cpu"),
+        ({"device": "cuda:99"}, "device='cuda:99', but this torch has"),
     ):
         with pytest.raises(MedSegError, match=said):
             made_chats.learner(folder, **given)

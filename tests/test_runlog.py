@@ -125,3 +125,12 @@ def test_nothing_goes_to_wandb_unless_it_is_asked_for(tmp_path: Path, monkeypatc
     with pytest.raises(MedSegError, match="pip install wandb, or leave the setting out"):
         RunLog(tmp_path, config(wandb="project"))
     RunLog(tmp_path, config()).close()  # the failed one let go of the folder
+
+
+def test_a_run_that_ended_before_its_first_step_does_not_hold_its_folder(tmp_path: Path) -> None:
+    RunLog(tmp_path, config()).close()
+    RunLog(tmp_path, config(lr=0.5)).close()
+    assert json.loads((tmp_path / SETTINGS).read_text())["lr"] == 0.5
+    (tmp_path / "model").mkdir()  # the tiny one, which hangs on the seed
+    with pytest.raises(MedSegError, match="seed was 0, is 1"):
+        RunLog(tmp_path, config(seed=1))

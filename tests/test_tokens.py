@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,13 +123,19 @@ def test_pictures_that_would_be_resampled_and_places_that_do_not_fit_are_refused
         tokens.check(TokenPrompt(good.ids, ()))
 
 
-def test_a_checkpoint_with_another_chat_template_is_refused(checkpoint: Path, tokens: ChatTokens) -> None:
+def test_a_checkpoint_that_is_not_qwens_or_not_whole_is_refused(
+    checkpoint: Path, tokens: ChatTokens, tmp_path: Path
+) -> None:
     other = tiny_tokenizer()
     other.chat_template = "{% for message in messages %}[{{ message.role }}]{% endfor %}"
     with pytest.raises(MedSegError, match="not Qwen's ChatML"):
         ChatTokens(other, tokens.processor)
     with pytest.raises(MedSegError, match="no checkpoint folder"):
         ChatTokens.from_pretrained(checkpoint / "nowhere")
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(checkpoint / file, tmp_path / file)  # but not the image processor's settings
+    with pytest.raises(MedSegError, match="wanted a whole Qwen-VL checkpoint"):
+        ChatTokens.from_pretrained(tmp_path)
 
 
 def test_a_batch_gives_the_log_probabilities_of_its_rows_alone(tokens: ChatTokens, model: TransformersModel) -> None:

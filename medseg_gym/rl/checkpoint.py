@@ -65,8 +65,9 @@ def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Removes all checkpoints but the newest `keep`, and what kills have left half-written."""
-    for step in sorted(_steps(root))[:-keep]:
+    """Removes all checkpoints but the newest `keep` that are whole, and what kills have left half-written."""
+    whole = [step for step in sorted(_steps(root)) if _believed(root / f"step-{step:08d}") is not None]
+    for step in set(_steps(root)) - set(whole[-keep:]):
         gone = root / f".gone-{step:08d}"  # renamed first: a kill while files are removed leaves no half checkpoint
         os.replace(root / f"step-{step:08d}", gone)
     for left in [*root.glob(".gone-*"), *root.glob(".part-*")]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -12,6 +13,16 @@ from typing import Any, TypeVar, get_type_hints
 from medseg_gym.errors import MedSegError, UnknownNameError, check_keywords, unknown
 
 PLACEMENTS = ("disaggregated", "colocated")
+
+
+DTYPES, SCHEDULES = ("bfloat16", "float32"), ("constant", "linear", "cosine")
+ONES = ("ranks", "micro_rows", "micro_tokens", "slots", "workers", "keep", "save_every", "batch", "validate_cases")
+RANGES = (  # names, least, most
+    ((*ONES, "max_new_tokens", "max_chat_tokens"), 1, math.inf),
+    (("seed", "lora_rank", "lr", "weight_decay", "grad_clip", "validate_every", "validate_temperature"), 0, math.inf),
+    (("warmup",), 0, 1),
+    (("betas",), 0, 1 - 1e-9),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +69,19 @@ class Common:
     max_new_tokens: int = 256  # of one answer
     max_chat_tokens: int = 12288  # of one chat
     wandb: str = ""  # a project's name, where W&B is installed
+
+    def __post_init__(self) -> None:
+        """MedSegError for numbers that no run can have, before anything is loaded."""
+        for names, least, most in RANGES:
+            for name in names:
+                value = getattr(self, name, least)
+                for number in value if isinstance(value, tuple) else (value,):
+                    if not least <= number <= most:
+                        said = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+                        raise MedSegError(f"{name}={value!r}; wanted {said}")
+        for name, known in (("dtype", DTYPES), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
 
 
 @dataclass(frozen=True, kw_only=True)

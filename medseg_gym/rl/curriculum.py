@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class CaseOrder:
         if len(set(keys)) != len(keys):
             raise MedSegError(f"{len(keys) - len(set(keys))} case keys come twice; list each once")
         self.keys, self.seed, self.curriculum = tuple(keys), seed, curriculum
+        self._digest = hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
         self.cursor = 0  # the position that is looked at next
         self._solved: dict[str, float] = {}
         self._pass: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
@@ -69,9 +71,15 @@ class CaseOrder:
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to go on from here; plain JSON."""
-        return {"cursor": self.cursor, "solved": dict(self._solved)}
+        return {"cursor": self.cursor, "solved": dict(self._solved), "cases": self._digest}
 
     def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of the same cases; of others, as when keys_file was edited, it raises MedSegError."""
+        if state.get("cases", self._digest) != self._digest:
+            raise MedSegError(
+                f"the {len(self.keys)} cases are not those this run began with: give keys_file and data as they were, "
+                "or choose another --out"
+            )
         self.cursor = int(state["cursor"])
         self._solved = {str(key): float(value) for key, value in state["solved"].items()}
 
@@ -107,6 +115,7 @@ def read_keys(file: str | Path, known: Sequence[str]) -> list[str]:
         if not key or key.startswith("#"):
             continue
         if key not in there:
-            raise MedSegError(f"{path}, line {number}: no case {key!r} in the split; such as {known[0]!r}")
+            such = f"; there are {len(known)}, such as {known[0]!r}" if known else ", which has none"
+            raise MedSegError(f"{path}, line {number}: no case {key!r} in the split{such}")
         keys.append(key)
     return keys

@@ -42,7 +42,7 @@ from medseg_gym.rl.worker import LostError
 
 Advantages = NDArray[np.float64] | None  # of a member's turns; None where it is not trained
 
-CHECKPOINTS, GALLERY, FINAL = "checkpoints", "gallery", "final"
+CHECKPOINTS, GALLERY, FINAL, BEST = "checkpoints", "gallery", "final", "best"
 NOT_FINITE = 3  # optimiser steps in a row that may be skipped as not finite before the run ends
 LOSSES = 3  # of the learner without an iteration beyond those before, before the run ends
 
@@ -87,13 +87,16 @@ class GRPO:
         self._saved = -1  # the step of the newest checkpoint
 
     async def run(self) -> State:
-        """Trains to the end and writes out/final. A stop raises Interrupted, after a checkpoint.
+        """Trains to the end and writes out/final, and out/best by the best validation.
 
-        A learner elsewhere that is lost begins anew, all its ranks, and the run goes on from its newest checkpoint.
+        A stop raises Interrupted, after a checkpoint. A learner that is lost begins anew, all its ranks, and the run
+        goes on from its newest checkpoint.
         """
         losses, furthest = 0, -1
         while True:
             try:
+                if losses:
+                    await self._renewed()
                 return await self._run()
             except LostError as error:
                 self.stopping.check()
@@ -104,7 +107,6 @@ class GRPO:
                         f"the learner was lost {losses} times after iteration {furthest}: {error}"
                     ) from None
                 self.say(f"{error}; all ranks begin again from the newest checkpoint")
-                await self._renewed()
 
     async def _renewed(self) -> None:
         """Everything as before the first iteration, for a run that goes on as any other does."""
@@ -266,6 +268,7 @@ class GRPO:
             score = numbers["val/iou"]
             if state.best is None or score > state.best:
                 state.best, state.best_step, state.worse = score, state.step, 0
+                await self._export(BEST)
             else:
                 state.worse += 1
             if config.patience and state.worse >= config.patience and not state.stopped:
@@ -319,9 +322,12 @@ class GRPO:
         frozen = invariants.frozen_digest(whole, await self.parts.learner.weights(full=False))
         if frozen != self.state.frozen:
             raise invariants.InvariantError("weights that were frozen have changed in the course of the run")
-        await self._written(lambda write: checkpoint.replace_folder(self.out / FINAL, write), self.parts.learner.export)
+        await self._export(FINAL)
         end = self.state.stopped or "done"
         self.say(f"{end} after iteration {self.state.step}; the model is in {self.out / FINAL}")
+
+    async def _export(self, name: str) -> None:
+        await self._written(lambda write: checkpoint.replace_folder(self.out / name, write), self.parts.learner.export)
 
     async def _written(
         self, place: Callable[[Callable[[Path], None]], Path], fill: Callable[[Path], Coroutine[Any, Any, None]]
@@ -346,7 +352,7 @@ def check(config: GRPOConfig) -> None:
     """MedSegError for settings that no run can have; said before anything is loaded."""
     least = {"iterations": 1, "prompts": 1, "rollouts": 2, "resample": 0, "save_every": 1, "keep": 1, "patience": 0}
     least |= {"validate_every": 0, "validate_cases": 1, "gallery_every": 0, "workers": 1, "max_new_tokens": 1}
-    least |= {"engines": 1, "tool_actors": 0}
+    least |= {"engines": 1, "tool_actors": 0, "seed": 0, "ranks": 1, "micro_rows": 1, "micro_tokens": 1, "lr": 0}
     for name, lowest in least.items():
         if getattr(config, name) < lowest:
             raise MedSegError(f"{name}={getattr(config, name)}; wanted {lowest} or more")

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg_gym.errors import BadDataError, MedSegError, unknown
+from medseg_gym.errors import BadDataError, MedSegError
 from medseg_gym.rl import batch, learner_state, lora, sharding
 from medseg_gym.rl.checkpoint_folder import load_model, saved_names, write_checkpoint
 from medseg_gym.rl.config import Common
+from medseg_gym.rl.device import device_named
 from medseg_gym.rl.forward import micros, scored, scorer_class
 from medseg_gym.rl.learner_state import LearnerState
 from medseg_gym.rl.loss import Objective, summary, token_losses
@@ -24,8 +25,6 @@ from medseg_gym.rl.types import Row, TokenSequence
 
 if TYPE_CHECKING:
     import torch
-
-DTYPES = ("bfloat16", "float32")
 
 
 class Learner:
@@ -38,8 +37,6 @@ class Learner:
     def __init__(self, config: Common, folder: Path, *, total_steps: int, rank: int = 0, world: int = 1) -> None:
         import torch
 
-        if config.dtype not in DTYPES:
-            raise unknown("dtype", config.dtype, DTYPES)
         self.config, self.folder, self.rank, self.world = config, Path(folder), rank, world
         self.device = device_of(config.device, rank)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
@@ -234,7 +231,7 @@ class Learner:
 def device_of(name: str, rank: int) -> torch.device:
     import torch
 
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(name)
     if device.type == "cuda" and device.index is None:
         if rank >= torch.cuda.device_count():
             raise MedSegError(f"rank {rank} has no GPU: there are {torch.cuda.device_count()}; give fewer ranks")

@@ -32,7 +32,8 @@ class Parts:
     async def close(self) -> None:
         async with AsyncExitStack() as stack:  # one that cannot be closed keeps no other open
             stack.callback(self.leave)
-            for part in (*reversed(self.workers), self.learner, self.engine):
+            parts: list[EnvWorker | LearnerHandle | PolicyEngine] = [*self.workers, self.learner, self.engine]
+            for part in parts:
                 stack.push_async_callback(part.close)
 
 

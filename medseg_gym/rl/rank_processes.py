@@ -25,6 +25,7 @@ from typing import Any
 from medseg_gym import errors
 from medseg_gym.errors import MedSegError
 from medseg_gym.rl.config import Common
+from medseg_gym.rl.worker import LostError
 
 GRACE = 1.0  # seconds after a rank's error in which another may say what led to it
 Call = tuple[Sequence[Any], dict[str, Any]]  # arguments and keywords
@@ -133,7 +134,7 @@ class RankProcesses:
         except (EOFError, OSError):
             self._processes[rank].join(GRACE)
             code = self._processes[rank].exitcode
-            return False, MedSegError(
+            return False, LostError(
                 f"{method}: rank {rank} of the learner died (exit code {code}) and the others were ended; "
                 "the same command goes on from the last checkpoint"
             )

@@ -92,8 +92,17 @@ class RunLog:
             self._lock = None
 
 
+def _begun(out: Path) -> bool:
+    """Whether a run has left more than its settings: numbers or a checkpoint."""
+    metrics, checkpoints = out / METRICS, out / "checkpoints"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
 def check_settings(out: Path, config: Common) -> None:
-    """MedSegError where a folder holds a run of other settings."""
+    """MedSegError where a folder holds a run of other settings.
+
+    One that ended before its first step holds none, but for the model that was made there.
+    """
     file = out / SETTINGS
     if not file.exists():
         return
@@ -103,7 +112,8 @@ def check_settings(out: Path, config: Common) -> None:
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise BadDataError(f"{file} does not hold a run's settings ({error}); choose another --out") from None
-    wanted = {name: shown(config)[name] for name in binding(config)}
+    names = list(binding(config)) if _begun(out) else ["model", "seed"] if (out / "model").exists() else []
+    wanted = {name: shown(config)[name] for name in names}
     differs = [name for name, value in wanted.items() if found.get(name, value) != value]
     if differs:
         said = ", ".join(f"{name} was {found.get(name)!r}, is {wanted[name]!r}" for name in differs[:5])

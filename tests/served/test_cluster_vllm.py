@@ -132,19 +132,20 @@ def test_vllm_in_an_actor_has_the_learners_weights_after_each_update(tmp_path: P
     async def run() -> list[Checked]:
         parts = await cluster_parts(whole)
         try:
-            return [await checked(whole, parts), await checked(tower, replace(parts, learner=await other(tower)))]
+            first = await checked(whole, parts)
+            ranks = RankActors(tower, model, tower.iterations, 600.0, [{"num_cpus": 1}])
+            other = await learner(tower, model, tower.iterations, processes=ranks)
+            try:
+                return [first, await checked(tower, replace(parts, learner=other))]
+            finally:
+                await other.close()
         finally:
             await parts.close()
 
     async def checked(config: GRPOConfig, parts: Parts) -> Checked:
         grpo = Checked(config, parts)
         await grpo.run()
-        await parts.learner.close()
         return grpo
-
-    async def other(config: GRPOConfig) -> Any:
-        ranks = RankActors(config, model, config.iterations, 600.0, [{"num_cpus": 1}])
-        return await learner(config, model, config.iterations, processes=ranks)
 
     for grpo in asyncio.run(run()):
         assert grpo.state.version == 3 and len(grpo.apart) == 4 and len(grpo.moved) == 3

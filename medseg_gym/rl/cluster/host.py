@@ -116,7 +116,8 @@ class Remote:
     @property
     def there(self) -> bool:
         """Whether an actor has begun and is not known to be gone."""
-        return self._begun is not None and self._begun.done() and self._begun.exception() is None
+        task = self._begun
+        return task is not None and task.done() and not task.cancelled() and task.exception() is None
 
     def kill(self) -> None:
         """Ends the actor; the next who asks gets a new one."""

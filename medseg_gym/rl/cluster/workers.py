@@ -68,6 +68,7 @@ def make(*, tool_actor: Any = None, options: Mapping[str, Any] | None = None, **
     chosen = dict(options or {})
     if tool_actor is not None:
         chosen["tool"] = tool_actor
+        chosen.pop("tool_options", None)  # with which the actor has loaded it
     return LocalWorker(options=chosen, **arguments)
 
 

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from medseg_gym.errors import unknown
+from medseg_gym.errors import check_keywords, unknown
 from medseg_gym.rl.config import GRPOConfig
 from medseg_gym.rl.engines.base import PolicyEngine
 
@@ -34,6 +34,7 @@ def make(config: GRPOConfig, folder: Path) -> PolicyEngine:
 def hf(folder: str, **options: Any) -> PolicyEngine:
     from medseg_gym.rl.engines.hf import HFEngine
 
+    check_keywords("engine_options", options, ("device", "dtype", "max_batch"))
     return HFEngine(folder, **options)
 
 

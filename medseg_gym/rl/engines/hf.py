@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from medseg_gym.errors import MedSegError, unknown
 from medseg_gym.rl import sync
+from medseg_gym.rl.device import device_named
 from medseg_gym.rl.engines.base import EngineStatus, GenRequest, GenResult, WeightRef
 from medseg_gym.rl.engines.checks import check_request
 from medseg_gym.rl.engines.decode import Decoder
@@ -47,7 +48,7 @@ class HFEngine:
             raise MedSegError(f"max_batch={max_batch}; wanted 1 or more")
         import torch
 
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = device_named(device)
         if isinstance(model, str | Path):
             from transformers import AutoModelForImageTextToText
 
@@ -59,7 +60,7 @@ class HFEngine:
             loaded = model
         if tokens is None:
             raise MedSegError("a model that is loaded comes with its ChatTokens; give tokens=")
-        self.model: Any = loaded.to(device).eval().requires_grad_(False)
+        self.model: Any = loaded.to(place).eval().requires_grad_(False)
         self.tokens, self.max_batch = tokens, max_batch
         self._decoder = Decoder(self.model, tokens)
         self._version = version
