@@ -26,18 +26,18 @@ from medseg_gym.trajectories.store import write
 from medseg_gym.trajectories.strategies import Settings
 from medseg_gym.types import Sample
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # minutes where others share the processor
 
 COMMON: dict[str, Any] = {
     "env": "MedSeg-BTCV-Nano-v0",
-    "env_options": {"verbs": ("box", "stop"), "horizon": 2},
+    "env_options": {"verbs": ("positive", "negative", "box", "stop"), "horizon": 2},
     "protocol": "medsam-agent",
     "size": 64,
     "device": "cpu",
     "dtype": "float32",
     "gradient_checkpointing": False,
     "max_new_tokens": 96,
-    "max_chat_tokens": 4096,
+    "max_chat_tokens": 8192,
     "validate_every": 0,
 }
 

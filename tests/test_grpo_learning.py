@@ -18,7 +18,7 @@ from medseg_gym.rl.config import Common
 from medseg_gym.rl.grpo import train
 from medseg_gym.rl.runlog import METRICS, read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # minutes where others share the processor
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMED = ("time/", "idle/", "speed/")
@@ -59,8 +59,8 @@ def numbers(out: Path) -> list[dict[str, Any]]:
 def test_grpo_adds_a_tenth_of_iou_to_supervised_training(learn_cue: ModuleType, taught: Path, tmp_path: Path) -> None:
     """Trap 20: 64 unseen cases, sampled at T=1 with the same seeds, Nano outlining in the env.
 
-    The first third of the recipe's run of seed 0. Fewer demonstrations would be quicker, and were seen to leave a model
-    so sure of one wrong place that its groups were all equal.
+    The first third of the recipe's run of seed 0. Half the demonstrations and two thirds of the supervised steps would
+    be quicker, and were seen to end where one of the four places is hardly ever boxed: 0.60 before, 0.58 after.
     """
     before = learn_cue.unseen_iou(taught)
     train(learn_cue.grpo_config(0, taught, tmp_path / "grpo", {**learn_cue.GRPO, "iterations": 14}))

@@ -20,7 +20,7 @@ SCHEMA = 1
 _NAME = re.compile(r"step-(\d{8,12})")
 
 # What may change between a run and its continuation: none of these has a part in what is trained.
-FREE = ("out", "keep", "save_every", "wandb", "device")
+FREE: tuple[str, ...] = ("out", "gallery_every", "keep", "save_every", "wandb", "device")
 FREE += ("cluster", "engines", "engine_options", "weights_folder", "tool_actors", "placement")
 FREE += ("worker_cpus", "engine_cpus", "engine_gpus", "learner_cpus", "learner_gpus", "tool_cpus", "tool_gpus")
 FREE += ("call_timeout", "patience_s")
