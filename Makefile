@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PINNED := pyproject.toml constraints.txt
 DEMO ?= runs/demo
+JOBS ?= 2
 
 .PHONY: help demo test test-fast test-newest test-vllm test-parity check soak format clean
 
@@ -80,8 +81,9 @@ demo: $(VENV)/.core
 		--cases 48 --restart --out $(DEMO)
 	@echo "Now open $(DEMO)/report.html in a browser. To go on by hand: . $(BIN)/activate"
 
+# Two processes, each file in one of them: training on a CPU is most of the time.
 test: $(VENV)/.dev test-newest
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"
