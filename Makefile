@@ -101,6 +101,8 @@ check: $(VENV)/.dev
 soak: $(VENV)/.dev
 	MEDSEG_GYM_FUZZ=1000000 $(BIN)/python -m pytest -q tests/test_protocol_fuzz.py
 	$(BIN)/python benchmarks/exploits.py --horizon 20
+	MEDSEG_GYM_SOAK=200 $(BIN)/python -m pytest -q -s tests/test_cluster_memory.py --timeout 7200
+	$(BIN)/python baselines/learn_cue.py --out runs/learn_cue
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
