@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +19,11 @@ from medseg_gym.tools.cards import TOOLS
 from medseg_gym.types import Sample
 
 ROOT = Path(__file__).resolve().parents[1]
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # Ray would join the cluster of the tests in the process beside this one
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")  # short, as its sockets' paths must be
+    atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
+
 HAVE_TORCH = find_spec("torch") is not None  # the environment with the newest Gymnasium is small, and has none
 WITHOUT_WEIGHTS = [
     card.id for card in TOOLS.values() if card.factory and not card.weights and (HAVE_TORCH or card.id != "Nano")

@@ -58,7 +58,7 @@ def test_rllib_ppo_trains_on_the_native_vector_env() -> None:
     from ray.tune.registry import register_env
 
     register_env("MedSeg", rllib_env)
-    ray.init(num_cpus=2, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
     try:
         config = (
             PPOConfig()
