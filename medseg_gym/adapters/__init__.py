@@ -1,0 +1,1 @@
+"""Thin adapters to other trainers: none holds logic of its own, and the core imports none of them."""
