@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medseg_gym.bench.leaderboard_cross import cross_tables
+from medseg_gym.bench.leaderboard_gallery import galleries
 from medseg_gym.bench.leaderboard_page import page
 from medseg_gym.bench.leaderboard_read import Skipped, read_all
 from medseg_gym.bench.leaderboard_records import Results
 from medseg_gym.bench.leaderboard_tables import results_of
 from medseg_gym.bench.leaderboard_text import gaps_by_reason, grid, markdown
+from medseg_gym.bench.reported import reported
 from medseg_gym.bench.rundir import write_whole
 from medseg_gym.bench.suites import suite
 from medseg_gym.errors import MedSegError
@@ -48,7 +50,7 @@ def build(directories: Sequence[str | Path], *, out: str | Path | None = None, b
     place.mkdir(parents=True, exist_ok=True)
     files = (place / "LEADERBOARD.md", place / "leaderboard.html")
     write_whole(files[0], markdown(results, skipped))
-    write_whole(files[1], page(results, skipped))
+    write_whole(files[1], page(results, skipped, galleries=galleries(results), reported=reported()))
     return Built(results, tuple(skipped), files)
 
 

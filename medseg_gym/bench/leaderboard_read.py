@@ -36,6 +36,7 @@ class Case:
     hd95: float | None
     unit: str | None  # of hd95: "mm" or "px"
     entity: tuple[int, int] | None  # metrics.entity_counts of its last mask
+    kinds: tuple[str, ...] = ()  # of its T actions: "click", "box", "undo", "stop" or "unreadable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Played:
     trial: bool  # fewer cases than the suite has
     seconds: float | None  # per case
     provenance: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = field(default=None, compare=False)  # where its episodes lie, masks and texts included
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ def read_played(folder: Path) -> tuple[str, Played]:
         trial=provenance["entry"].get("cases") != entry.cases,
         seconds=timed.get("seconds_per_case"),
         provenance=provenance,
+        folder=folder,
     )
 
 
@@ -135,6 +138,7 @@ def _case(episode: Episode, measures: dict[str, Any]) -> Case:
         hd95=measures.get("hd95"),
         unit=measures.get("unit"),
         entity=_entity(episode, measures),
+        kinds=tuple(type(turn.action).__name__.lower() for turn in episode.turns),
     )
 
 
