@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from conftest import ROOT
@@ -65,17 +66,18 @@ setTimeout(() => {
 
 def shown(file: Path, state: str = "", width: int = 1400) -> Node:
     """The page as the browser has it once its scripts have run; an uncaught error of theirs fails."""
-    done = subprocess.run(
-        [
-            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"),
-            *(f"--user-data-dir={file.parent / 'profile'}", "--virtual-time-budget=4000"),
-            *(f"--window-size={width},900", "--dump-dom", f"{file.as_uri()}{state}"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        done = subprocess.run(
+            [
+                *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"),
+                *(f"--user-data-dir={profile}", "--virtual-time-budget=4000"),
+                *(f"--window-size={width},900", "--dump-dom", f"{file.as_uri()}{state}"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr[-2000:]
     assert not re.findall(r"CONSOLE.*(?:Uncaught|Refused|Error).*", done.stderr)
     return tree(done.stdout)
