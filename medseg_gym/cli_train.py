@@ -145,6 +145,8 @@ SHOWN = {  # what the bar shows, where a run has it
     "train/reward": "reward {:.3f}",
     "train/iou": "IoU {:.3f}",
     "val/iou": "val IoU {:.3f}",
+    "train/vqa_accuracy": "answers {:.0%} right",
+    "val/vqa_accuracy": "val answers {:.0%} right",
     "train/turns": "{:.1f} actions",
     "train/unreadable": "{:.0%} unreadable",
     "train/dropped": "{:.0%} dropped",

@@ -19,6 +19,8 @@ COLUMNS: dict[str, Rows] = {
         ("reward", "train/reward", "{:.3f}"),
         ("IoU", "train/iou", "{:.3f}"),
         ("validation IoU", "val/iou", "{:.3f}"),
+        ("answers right", "train/vqa_accuracy", "{:.1%}"),
+        ("validation answers", "val/vqa_accuracy", "{:.1%}"),
         ("actions", "train/turns", "{:.2f}"),
         ("unreadable", "train/unreadable", "{:.1%}"),
         ("dropped", "train/dropped", "{:.1%}"),

@@ -6,18 +6,23 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from medseg_gym.errors import MedSegError, UnknownNameError
 from medseg_gym.rl.cluster.engines import EngineRemote, RemoteEngine
 from medseg_gym.rl.cluster.host import Remote
+from medseg_gym.rl.cluster.workers import _own
 from medseg_gym.rl.engines.base import EngineStatus, GenRequest, GenResult, WeightRef
-from medseg_gym.rl.worker import LostError
+from medseg_gym.rl.types import ImageRef
+from medseg_gym.rl.worker import LostError, Observed
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -43,6 +48,9 @@ class Echo:
 
     def plain(self) -> str:
         return "no coroutine"
+
+    def lock(self) -> Any:
+        return threading.Lock()
 
     async def close(self) -> None:
         Path(self.word).write_text("closed") if self.word.startswith("/") else None
@@ -128,6 +136,36 @@ def test_a_dead_actor_is_told_of_and_the_next_call_has_another() -> None:
     asyncio.run(run())
 
 
+def test_a_call_of_an_actor_that_is_gone_waits_for_no_successor() -> None:
+    """One that finds no place: who held something in the dead one plays it elsewhere, at once."""
+
+    async def run() -> None:
+        remote = echo(patience=60.0)
+        _, process = await remote.ask("say")
+        os.kill(process, signal.SIGKILL)
+        remote.options["num_cpus"] = 999
+        with pytest.raises(LostError):
+            await remote.ask("say", life=1)
+        waiting = remote.begin()
+        with pytest.raises(LostError, match="gone or was replaced"):
+            await asyncio.wait_for(remote.ask("say", life=1), 20)
+        assert not waiting.done()
+        await remote.close()
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_cannot_travel_is_an_error_with_words() -> None:
+    async def run() -> None:
+        remote = echo()
+        with pytest.raises(MedSegError, match="^the echo, call: .*lock"):
+            await remote.ask("lock")
+        assert (await remote.ask("say"))[0] == "hello" and remote.life == 1
+        await remote.close()
+
+    asyncio.run(run())
+
+
 def test_errors_come_as_themselves_and_leave_the_actor_alone() -> None:
     async def run() -> None:
         remote = echo()
@@ -192,6 +230,7 @@ def test_an_engine_that_dies_has_its_successor_answer_with_the_newest_weights(tm
     async def run() -> None:
         remote = engine_remote()
         engine = RemoteEngine([remote], lockstep=False)
+        await remote.alive()  # or it is told the newest alone
         for version, full, value in ((1, True, 10.0), (2, False, 0.5), (3, False, 0.25)):
             await engine.pause("wait")
             await engine.update_weights(WeightRef(version, full, {"w": torch.tensor(value)}))
@@ -222,11 +261,71 @@ def test_a_paused_engines_successor_is_paused_too() -> None:
     asyncio.run(run())
 
 
+def test_a_lost_engines_requests_go_to_another_and_it_is_told_all_when_it_is_back() -> None:
+    """It finds no place for a while: its episodes go on elsewhere, new weights are published, nobody waits for it."""
+    import torch
+
+    async def run() -> None:
+        remotes = [engine_remote(), engine_remote()]
+        engine = RemoteEngine(remotes, lockstep=False)
+
+        async def publish(version: int, value: float) -> None:
+            await engine.pause("wait")
+            await engine.update_weights(WeightRef(version, True, {"w": torch.tensor(value)}))
+            await engine.resume()
+
+        await publish(1, 10.0)
+        await asyncio.gather(*(remote.alive() for remote in remotes))
+        episode = next(e for e in "abcdefgh" if zlib.crc32(e.encode()) % 2 == 0)  # the first engine's
+        remotes[0].options["num_cpus"] = 999
+        remotes[0].kill()
+        answer = await asyncio.wait_for(engine.generate(request(7, episode)), 60)
+        assert answer.logprobs == (10.0,) and not remotes[0].there
+        await asyncio.wait_for(publish(2, 0.5), 60)
+        assert (await asyncio.wait_for(engine.status(), 60)).version == 2
+        remotes[0].options["num_cpus"] = 0
+        remotes[0].kill()  # what waits for a place, so that the next try is by the new options
+        await remotes[0].alive()
+        answer = await remotes[0].ask("generate", request(7, episode), life=remotes[0].life)
+        assert answer.logprobs == (0.5,) and answer.versions == ((2, 0, 1),)
+        await engine.close()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_cannot_be_made_is_said_though_another_is_there() -> None:
+    async def run() -> None:
+        remotes = [engine_remote(), engine_remote(speed="high")]
+        engine = RemoteEngine(remotes, lockstep=False)
+        await remotes[0].alive()
+        remotes[1].begin()
+        await asyncio.wait({remotes[1].begin()})
+        with pytest.raises(MedSegError, match="unexpected keyword argument 'speed'"):
+            await engine.generate(request(7))
+        await engine.close()
+
+    asyncio.run(run())
+
+
+def test_pictures_from_elsewhere_are_kept_once_and_not_in_rays_store() -> None:
+    pixels = np.frombuffer(bytes(48), np.uint8).reshape(4, 4, 3)  # a view, as of the store
+    message = {"role": "user", "content": [{"type": "image", "image": pixels}, {"type": "text", "text": "where?"}]}
+    system = {"role": "system", "content": "words"}
+    found = _own(Observed([system, message], (ImageRef("a", pixels),), 0, 0.0, 0.0))
+    kept = found.images[0].pixels
+    assert kept.base is None and not kept.flags.writeable and (kept == pixels).all()
+    assert found.messages[1]["content"][0]["image"] is kept and found.messages[0] == system
+
+
 def test_an_episodes_requests_go_to_one_engine_and_all_engines_have_some() -> None:
     async def run() -> None:
         asked: list[list[str]] = [[], []]
 
         class Noting(EngineRemote):
+            @property
+            def there(self) -> bool:
+                return True
+
             async def ask(self, method: str, *arguments: Any, life: int | None = None, **keywords: Any) -> Any:
                 asked[int(self.name)].append(arguments[0].episode)
                 return GenResult((), (), "stop", ())

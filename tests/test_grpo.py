@@ -15,7 +15,9 @@ from grpo_parts import OneNumber, boxes, settings, stand_ins
 from medseg_gym.errors import MedSegError, UnknownNameError
 from medseg_gym.rl import checkpoint
 from medseg_gym.rl.config import GRPOConfig, presets, read
-from medseg_gym.rl.grpo import GRPO, State, check
+from medseg_gym.rl.grpo import GRPO
+from medseg_gym.rl.grpo_check import check
+from medseg_gym.rl.grpo_step import State
 from medseg_gym.rl.invariants import InvariantError
 from medseg_gym.rl.parts import Parts
 from medseg_gym.rl.runlog import read_metrics

@@ -20,7 +20,7 @@ from medseg_gym.rl.rollout import Settings, play
 from medseg_gym.rl.runlog import read_metrics
 from medseg_gym.rl.stopping import Interrupted, Stopping
 from medseg_gym.rl.tokens import ChatTokens
-from medseg_gym.rl.worker import LostError, UnplacedError
+from medseg_gym.rl.worker import LostError, UnplacedError, keys_of
 
 TIMED = ("time/", "idle/", "speed/")
 
@@ -159,6 +159,30 @@ def test_workers_that_are_not_there_are_waited_for_and_all_missing_is_an_error(t
         assert not left()
 
     asyncio.run(none())
+
+
+def test_the_cases_are_those_of_the_first_worker_that_comes() -> None:
+    """The first never comes, or says that it cannot; with none there is nothing to wait for."""
+
+    class Tells:
+        def __init__(self, after: float, error: Exception | None = None) -> None:
+            self.after, self.error = after, error
+
+        async def keys(self, split: str) -> list[str]:
+            await asyncio.sleep(self.after)
+            if self.error is not None:
+                raise self.error
+            return [split]
+
+    def asked(*workers: Any) -> list[str]:
+        return asyncio.run(keys_of(workers, "val"))
+
+    gone = UnplacedError("no place")
+    assert asked(Tells(999), Tells(0.01)) == asked(Tells(0, gone), Tells(0.01)) == ["val"]
+    with pytest.raises(UnplacedError, match="no place"):
+        asked(Tells(0, gone), Tells(0.01, gone))
+    with pytest.raises(MedSegError, match="no data"):
+        asked(Tells(999), Tells(0, MedSegError("no data")))
 
 
 def test_a_job_over_which_every_worker_is_lost_ends_the_play(tokens: ChatTokens) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ FREE: tuple[str, ...] = ("out", "gallery_every", "keep", "save_every", "wandb", 
 FREE += ("cluster", "engines", "engine_options", "weights_folder", "tool_actors", "placement")
 FREE += ("worker_cpus", "engine_cpus", "engine_gpus", "learner_cpus", "learner_gpus", "tool_cpus", "tool_gpus")
 FREE += ("call_timeout", "patience_s")
+QUESTIONS = ("questions", "question_share", "validate_questions")  # free where none are asked
 LENGTHS = ("epochs", "steps", "iterations")  # free too where the learning rate does not hang on the number of steps
 
 
@@ -91,6 +93,18 @@ def replace_folder(place: Path, write: Callable[[Path], object]) -> Path:
     return place
 
 
+async def filled(
+    place: Callable[[Callable[[Path], None]], Path], fill: Callable[[Path], Coroutine[Any, Any, None]]
+) -> None:
+    """Has a folder put in its place in a thread, where it is filled by a coroutine, which runs in this loop."""
+    loop = asyncio.get_running_loop()
+
+    def write(folder: Path) -> None:
+        asyncio.run_coroutine_threadsafe(fill(folder), loop).result()
+
+    await asyncio.to_thread(place, write)
+
+
 def commit(part: Path, place: Path) -> None:
     """Gives a folder its name once all in it is on disk."""
     for path in sorted(part.rglob("*")):
@@ -103,6 +117,8 @@ def commit(part: Path, place: Path) -> None:
 def binding(config: Common) -> dict[str, Any]:
     """The settings that a continuation has to share with the run it continues, as JSON has them."""
     free = FREE + (LENGTHS if config.schedule == "constant" and not config.warmup else ())
+    if not config.questions:  # runs begun before there were any go on
+        free = (*free, *QUESTIONS)
     return json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in free}))
 
 

@@ -20,6 +20,7 @@ ONES = ("ranks", "micro_rows", "micro_tokens", "slots", "workers", "keep", "save
 RANGES = (  # names, least, most
     ((*ONES, "max_new_tokens", "max_chat_tokens"), 1, math.inf),
     (("seed", "lora_rank", "lr", "weight_decay", "grad_clip", "validate_every", "validate_temperature"), 0, math.inf),
+    (("validate_questions",), 0, math.inf),
     (("warmup",), 0, 1),
     (("betas",), 0, 1 - 1e-9),
 )
@@ -39,6 +40,10 @@ class Common:
     protocol: str = "medsam-agent"
     protocol_options: Mapping[str, Any] = field(default_factory=dict)
     size: int = 512  # side of the pictures
+    # questions beside masks
+    questions: str = ""  # a prepared set, a folder or JSONL file, or "Phantom:task=..."; "" none
+    question_share: float = 0.5  # of what is drawn, where there are questions
+    validate_questions: int = 64  # asked in a validation, of validate_split
     slots: int = 32  # episodes under way at once, in all env workers together
     workers: int = 1  # env workers
     # the model's part
@@ -79,6 +84,8 @@ class Common:
                     if not least <= number <= most:
                         said = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
                         raise MedSegError(f"{name}={value!r}; wanted {said}")
+        if self.questions and not 0 < self.question_share < 1:
+            raise MedSegError(f"question_share={self.question_share!r}; wanted a share between 0 and 1")
         for name, known in (("dtype", DTYPES), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
@@ -124,6 +131,7 @@ class GRPOConfig(Common):
     credit: str = "episode"  # or "turn": a turn's advantage is of the rewards from it on
     filter: bool = True  # drop groups whose rewards are all equal, and draw others
     resample: int = 2  # most rounds of drawing others
+    staleness: int = 0  # 1: groups are played while the iteration before is learned, by the weights before its step
     curriculum: str = "none"  # or "difficulty": cases the policy neither always nor never solves come more often
     solved: float = 0.8  # the last IoU from which an episode counts as solved, for the curriculum
     # long runs

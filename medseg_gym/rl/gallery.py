@@ -140,7 +140,7 @@ def _member(group: Shown, at: int, largest: float) -> dict[str, Any]:
                 "number": number + 1,
                 "picture": "" if panels is None else _data_url(panels[number].picture),
                 "action": action_text(turn.action),
-                "iou": f"{episode.iou[number + 1]:.2f}",
+                "iou": f"{episode.iou[number + 1]:.2f}" if episode.iou else "none",
                 "reward": signed(turn.reward),
                 "advantage": signed(advantages[number]) if by_turn and math.isfinite(advantages[number]) else "",
                 "terms": [f"{name} {signed(value)}" for name, value in turn.terms.items() if signed(value) != "0.00"],

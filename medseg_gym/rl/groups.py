@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from medseg_gym.envs.questions import is_question, is_right
 from medseg_gym.errors import BadDataError
 from medseg_gym.rl.advantages import too_few, zero_spread
-from medseg_gym.rl.curriculum import CaseOrder, Draw
+from medseg_gym.rl.curriculum import Draw
 from medseg_gym.rl.types import Rollout
+from medseg_gym.types import Episode
 
 Group = Sequence[Rollout]
 Play = Callable[[Sequence[Draw], int], AsyncIterator[Group]]
 """Plays a group a draw, numbered from the given number on; gives each as it is complete, in any order."""
+
+
+class Order(Protocol):
+    """What comes next: curriculum.CaseOrder, or questions.MixedOrder."""
+
+    def draw(self, count: int) -> list[Draw]: ...
+
+    def played(self, key: str, solved: float) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +38,7 @@ class Groups:
 
 
 async def draw_groups(
-    order: CaseOrder, play: Play, *, wanted: int, filtered: bool, credit: str, resample: int, solved: float
+    order: Order, play: Play, *, wanted: int, filtered: bool, credit: str, resample: int, solved: float
 ) -> Groups:
     """Draws `wanted` groups and plays them; those filtered out are replaced by others in at most `resample` rounds.
 
@@ -66,8 +77,14 @@ async def draw_groups(
 def solved_share(group: Group, least: float) -> float | None:
     """The share of a group's episodes whose last IoU is at least `least`; failed and unreadable ones are not solved.
 
+    A question's episode is solved by the right answer.
+
     None where every member was dropped: then nothing was learned of the case.
     """
     kept = [member.episode for member in group if not member.dropped]
-    solved = [e.ended not in ("failed", "unreadable") and bool(e.iou) and e.iou[-1] >= least for e in kept]
+    solved = [is_right(e) if is_question(e) else _outlined(e, least) for e in kept]
     return sum(solved) / len(solved) if solved else None
+
+
+def _outlined(episode: Episode, least: float) -> bool:
+    return episode.ended not in ("failed", "unreadable") and bool(episode.iou) and episode.iou[-1] >= least

@@ -55,6 +55,14 @@ def check_group(group: Sequence[Rollout], tokens: ChatTokens, version: int) -> N
             _check_actions(chat, tokens, version, where)
 
 
+def check_staleness(sampled: int, trained: int, most: int) -> None:
+    """InvariantError unless groups sampled by one version are trained by weights at most `most` changes later."""
+    if not 0 <= trained - sampled <= most:
+        raise InvariantError(
+            f"groups sampled by version {sampled} would be trained at version {trained}; wanted at most {most} later"
+        )
+
+
 def check_plan(plan: Sequence[Sequence[Sequence[Row]]], rows: Sequence[Row]) -> None:
     """InvariantError unless ranks have equal counts and every row is planned once, others weighing nothing.
 

@@ -15,11 +15,14 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from medseg_gym.datasets.vqa import Questions, open_questions
+from medseg_gym.envs.engine import Slot
+from medseg_gym.envs.questions import QuestionEngine, QuestionSample
 from medseg_gym.envs.vector import SegmentVectorEnv
 from medseg_gym.errors import InvalidActionError, MedSegError, unknown
-from medseg_gym.frames import Grid
 from medseg_gym.policies import chat, protocols
 from medseg_gym.policies.protocols import ChatProtocol
+from medseg_gym.policies.protocols.questions import asking
 from medseg_gym.rl.clocked import Clocked
 from medseg_gym.rl.types import ImageRef
 from medseg_gym.rl.worker import Observed
@@ -34,6 +37,7 @@ class LocalWorker:
 
     `env` is an env id, `options` are gym.make's; the verbs are those of the env that the protocol has words for. What
     comes in while the thread is busy is done together next: all turns in one step, with one tool call.
+    `questions` are a set of questions (datasets.vqa) that are found by their own keys, beside the cases.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class LocalWorker:
         size: int = chat.SIZE,
         options: Mapping[str, Any] | None = None,
         protocol_options: Mapping[str, Any] | None = None,
+        questions: str | Questions = "",
     ) -> None:
         self.size = chat.check_size(size)
         self.env = _make(env, slots, options or {})
@@ -54,6 +59,10 @@ class LocalWorker:
                 "an episode has one target a chat; several=True is read by the protocol's parse_many alone"
             )
         self.slots, self.history = slots, self.protocol.history
+        self.asking = self.protocol  # the protocol's form for questions, where some may be asked
+        if questions:
+            self.asking = asking(self.protocol)
+            self.env.engine = QuestionEngine.beside(self.env.engine, open_questions(questions))
         shared = self.env.engine.tool  # of all envs of the process, with its cache
         self._tool = Clocked(shared.tool)
         self.env.engine.tool = CachedTool(self._tool, cache=shared.cache, disk=shared.disk)
@@ -138,7 +147,7 @@ class LocalWorker:
         ready: list[tuple[_Asked, Action | Unreadable]] = []
         for asked in turns:
             try:
-                ready.append((asked, self._read(engine.running(asked.slot).grid, asked.what)))
+                ready.append((asked, self._read(engine.running(asked.slot), asked.what)))
             except Exception as error:
                 settle(asked, error)
         if not ready:
@@ -158,9 +167,13 @@ class LocalWorker:
             timing = {"queue_s": begun - asked.since, "env_s": done - begun}
             settle(asked, self._observed(asked.slot, timing, readable=not isinstance(action, Unreadable)))
 
-    def _read(self, grid: Grid, said: Any) -> Action | Unreadable:
+    def _spoken(self, slot: Slot) -> ChatProtocol:
+        return self.asking if isinstance(slot.sample, QuestionSample) else self.protocol
+
+    def _read(self, slot: Slot, said: Any) -> Action | Unreadable:
         """The action of a completion; one that the env would refuse is the agent's mistake, not the run's."""
-        decision = self.protocol.parse(said.text, grid)
+        grid = slot.grid
+        decision = self._spoken(slot).parse(said.text, grid)
         if decision.action is None:
             reason = decision.reason or "no action could be read"
             return Unreadable(f"the answer was cut off; {reason}" if said.cut_off else reason)
@@ -194,7 +207,7 @@ class LocalWorker:
         images: tuple[ImageRef, ...] = ()
         if state.ended is None:
             view = self.env.view(slot)
-            messages = chat.news(view, self.protocol, played.pictures)
+            messages = chat.news(view, self._spoken(state), played.pictures)
             images = (played.image(messages[-1]["content"][0]["image"], view.mask),)
         return Observed(
             messages=messages,

@@ -8,15 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from medseg_gym.rl.groups import Groups
+from medseg_gym.rl.questions import answered, apart
 from medseg_gym.rl.types import Rollout
 from medseg_gym.rl.validate import summary
 
 
 def of_rollouts(rollouts: Sequence[Rollout], start: str = "train/") -> dict[str, float]:
-    """What a Validation says, of the episodes that were not dropped, and the share of those that were."""
+    """What a Validation says, of the episodes that were not dropped, and the share of those that were.
+
+    Questions are counted apart: they have no IoU, and none of their numbers is mixed into those of masks.
+    """
     kept = [rollout for rollout in rollouts if not rollout.dropped]
     dropped = {f"{start}dropped": 1 - len(kept) / len(rollouts) if rollouts else 0.0}
-    return {**dropped, **(summary(kept).scalars(start) if kept else {})}
+    outlined, asked = apart(kept)
+    return {**dropped, **(summary(outlined).scalars(start) if outlined else {}), **answered(asked, start)}
 
 
 def of_groups(groups: Groups) -> dict[str, float]:

@@ -55,6 +55,7 @@ async def local_parts(config: GRPOConfig) -> Parts:
             size=config.size,
             options=config.env_options,
             protocol_options=config.protocol_options,
+            questions=config.questions,
         )
         for _ in range(config.workers)
     ]

@@ -134,6 +134,14 @@ def read_metrics(out: str | Path) -> list[dict[str, Any]]:
         raise BadDataError(f"{file} is not lines of JSON ({error}); choose another --out") from None
 
 
+def recorded(out: Path, step: int, name: str) -> dict[str, float] | None:
+    """The numbers of a step that are there already, of the record that has this name in it; None without one."""
+    for record in read_metrics(out):
+        if record["step"] == step and name in record:
+            return {key: value for key, value in record.items() if key != "step"}
+    return None
+
+
 def shown(config: Common) -> dict[str, Any]:
     """The settings as they may be written down: values of secret-sounding options and passwords in URLs are "***"."""
     return {name: _without_secrets(value) for name, value in json.loads(json.dumps(asdict(config))).items()}

@@ -17,15 +17,19 @@ from typing import Any
 
 import numpy as np
 
+from medseg_gym.datasets.vqa import open_questions
 from medseg_gym.errors import MedSegError
 from medseg_gym.policies import protocols
+from medseg_gym.policies.protocols import ChatProtocol
 from medseg_gym.rl import checkpoint
 from medseg_gym.rl.batch import plan, supervised_rows
 from medseg_gym.rl.config import Common, SFTConfig
 from medseg_gym.rl.local_worker import LocalWorker
 from medseg_gym.rl.loss import Objective
+from medseg_gym.rl.questions import validation_questions
 from medseg_gym.rl.ranks import LearnerHandle, learner
 from medseg_gym.rl.runlog import RunLog, read_metrics
+from medseg_gym.rl.sft_questions import MixedRows, QuestionRows
 from medseg_gym.rl.sft_rows import ChatRows, Progress, drawn, open_data
 from medseg_gym.rl.start import starting_folder
 from medseg_gym.rl.stopping import Interrupted, Stopping
@@ -111,6 +115,7 @@ class SFT:
                 size=config.size,
                 options=config.env_options,
                 protocol_options=config.protocol_options,
+                questions=config.questions,
             )
             protocol = self._worker.protocol  # with the words for this env's verbs
         else:
@@ -124,7 +129,8 @@ class SFT:
             max_chat_tokens=config.max_chat_tokens,
             progress=self.progress,
         )
-        self.steps = config.steps or max(1, round(config.epochs * len(self.rows) / config.batch))
+        self.mixed = self._mixed(protocol)
+        self.steps = config.steps or max(1, round(config.epochs * len(self.rows) / (config.batch * self._outlined)))
         left_out = self.rows.notes("; left out: ")
         if config.validate_every and not config.env:
             self.say('no validation, as it plays episodes: env = "..." is not given')
@@ -132,7 +138,7 @@ class SFT:
         self.learner = await self._start(config, self.folder, self.steps)
         if found is not None:
             try:
-                if found[1]["data"] != self.rows.digest:
+                if found[1]["data"] != self._digest:
                     raise MedSegError(
                         f"{config.data} holds other trajectories than when {self.out} was begun; choose another --out"
                     )
@@ -142,6 +148,30 @@ class SFT:
                 raise
             self.state, self._saved = State(**found[1]["state"]), found[1]["step"]
             self.say(f"going on after step {self.state.step} of {self.steps}")
+
+    def _mixed(self, protocol: ChatProtocol) -> MixedRows | None:
+        """The chats with questions among them; None where none are asked."""
+        config = self.config
+        if not config.questions:
+            return None
+        asked = QuestionRows(
+            open_questions(config.questions),
+            protocol,
+            self.tokens,
+            size=config.size,
+            max_chat_tokens=config.max_chat_tokens,
+        )
+        self.say(f"{len(asked)} questions to learn, {config.question_share:g} of every step")
+        return MixedRows(self.rows, asked, config.question_share)
+
+    @property
+    def _outlined(self) -> float:
+        """The share of the chats that are trajectories."""
+        return 1 - self.config.question_share if self.config.questions else 1.0
+
+    @property
+    def _digest(self) -> str:
+        return self.rows.digest if self.mixed is None else self.mixed.digest
 
     async def _train(self) -> None:
         objective = Objective.of(self.config)
@@ -187,6 +217,8 @@ class SFT:
         config = self.config
 
         def render() -> list[TokenSequence]:
+            if self.mixed is not None:
+                return self.mixed.step(step, config.batch, config.seed)
             return [self.rows[number] for number in drawn(step, len(self.rows), config.batch, config.seed)]
 
         return await asyncio.to_thread(render)
@@ -209,7 +241,7 @@ class SFT:
             )
         tokens = sum(len(chat.ids) for chat in chats)
         measured = {
-            "epoch": state.cursor / len(self.rows),
+            "epoch": state.cursor * self._outlined / len(self.rows),
             "speed/seconds": seconds,
             "speed/tokens_s": tokens / seconds,  # of whole chats, those that are not trained too
             "speed/chats_s": len(chats) / seconds,
@@ -253,6 +285,7 @@ class SFT:
                 seed=config.seed,
                 max_new_tokens=config.max_new_tokens,
                 max_chat_tokens=config.max_chat_tokens,
+                questions=validation_questions(config),
             )
         finally:
             await engine.close()
@@ -266,7 +299,7 @@ class SFT:
         def write(folder: Path) -> None:
             asyncio.run_coroutine_threadsafe(self.learner.save(folder / "learner"), loop).result()
 
-        record = {"config": checkpoint.digest(self.config), "data": self.rows.digest, "state": asdict(self.state)}
+        record = {"config": checkpoint.digest(self.config), "data": self._digest, "state": asdict(self.state)}
         root, step = self.out / CHECKPOINTS, self.state.step
         await asyncio.to_thread(checkpoint.save, root, step, write, record, self.config.keep)
         self._saved = step

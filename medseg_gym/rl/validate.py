@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from medseg_gym.errors import MedSegError
 from medseg_gym.rl.engines.base import PolicyEngine
 from medseg_gym.rl.jobs import Job, Settings
+from medseg_gym.rl.questions import answered, apart
 from medseg_gym.rl.rollout import Watch, play
 from medseg_gym.rl.tokens import ChatTokens
 from medseg_gym.rl.types import Rollout
@@ -34,13 +35,14 @@ class Validation:
     ended: Mapping[Ended, int]
     by_case: Mapping[str, float]  # IoU of each case, in order
     rollouts: tuple[Rollout, ...]  # in the cases' order
+    questions: Mapping[str, float] = field(default_factory=dict)  # what came of the questions; {} where none was asked
 
     def scalars(self, start: str = "val/") -> dict[str, float]:
         """Names and numbers for a log."""
         named = {name: getattr(self, name) for name in ("iou", "dice", "reward", "turns", "unreadable", "tokens")}
         named |= {f"reward_{term}": value for term, value in self.terms.items()}
         named |= {f"ended_{end}": float(count) for end, count in self.ended.items()}
-        return {f"{start}{name}": value for name, value in named.items()}
+        return {f"{start}{name}": value for name, value in (*named.items(), *self.questions.items())}
 
 
 async def validate(
@@ -55,8 +57,12 @@ async def validate(
     max_chat_tokens: int = 12288,
     policy: str = "",
     watch: Watch | None = None,
+    questions: Sequence[str] = (),
 ) -> Validation:
-    """Plays each case once; a case's sampling seeds hang on `seed` and its place among `keys` alone."""
+    """Plays each case once; a case's sampling seeds hang on `seed` and its place among `keys` alone.
+
+    `questions` are keys that the workers find questions by: asked once each, after the cases, and counted apart.
+    """
     if not keys:
         raise MedSegError("no cases to validate on; choose another validate_split, or validate_every=0")
     settings = Settings(
@@ -68,11 +74,19 @@ async def validate(
         name="validate",
     )
     size = min([TOGETHER, *(worker.slots for worker in workers)]) if engine.lockstep else 1
-    jobs = [Job(start, keys=tuple(keys[start : start + size])) for start in range(0, len(keys), size)]
-    played: list[Rollout] = []
-    async for rollouts in play(jobs, workers, engine, tokens, settings, watch=watch):
-        played += rollouts
-    return summary(sorted(played, key=lambda rollout: rollout.group))
+
+    async def played(keys: Sequence[str], settings: Settings) -> list[Rollout]:
+        jobs = [Job(start, keys=tuple(keys[start : start + size])) for start in range(0, len(keys), size)]
+        found: list[Rollout] = []
+        async for rollouts in play(jobs, workers, engine, tokens, settings, watch=watch):
+            found += rollouts
+        return sorted(found, key=lambda rollout: rollout.group)
+
+    outlined = summary(await played(keys, settings))
+    if not questions:
+        return outlined
+    asked = apart(await played(questions, replace(settings, name="validate-questions")))[1]
+    return replace(outlined, questions=answered(asked, "", len(questions)))
 
 
 def summary(rollouts: Sequence[Rollout]) -> Validation:

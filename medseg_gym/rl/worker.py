@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -74,3 +75,21 @@ class EnvWorker(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+async def keys_of(workers: Sequence[EnvWorker], split: str) -> list[str]:
+    """The cases of a split, which all workers share, from the first that tells them; a worker may not have found its
+    place yet, or never find it. UnplacedError where none does."""
+    asked = [asyncio.ensure_future(worker.keys(split)) for worker in workers]
+    missing: UnplacedError | None = None
+    try:
+        for answer in asyncio.as_completed(asked):
+            try:
+                return await answer
+            except UnplacedError as error:
+                missing = error
+        raise missing or MedSegError("there are no env workers to tell the cases")
+    finally:
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)

@@ -60,8 +60,8 @@ class Checked(GRPO):
         self.moved: list[float] = []  # between the learner and what the engine had said before the update
         self._before: list[TokenSequence] = []
 
-    async def _publish(self, weights: dict[str, Any], *, full: bool) -> None:
-        await super()._publish(weights, full=full)
+    async def _publish(self, weights: dict[str, Any], *, full: bool, version: int | None = None) -> None:
+        await super()._publish(weights, full=full, version=version)
         if self._before:
             self.moved.append(await self._differ(self._before))
         given = Settings.of(self.config, 1000 + self.state.version, name="check")

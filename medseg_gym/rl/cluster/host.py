@@ -46,12 +46,6 @@ class Host:
         except Exception as error:
             return False, _told(error)
 
-    async def process(self) -> int:
-        """The actor's process id."""
-        import os
-
-        return os.getpid()
-
 
 class Remote:
     """A part somewhere in the cluster.
@@ -83,24 +77,35 @@ class Remote:
     async def alive(self) -> int:
         """Waits until an actor has begun, and gives its life. MedSegError where its part cannot be made, UnplacedError
         where no actor had begun within the patience."""
+        while True:
+            task = self.begin()
+            try:
+                await asyncio.shield(task)
+            except BaseException:
+                if task.done() and self._begun is task:
+                    self._begun = None
+                raise
+            if self._begun is task:  # or it is gone again, and its successor may not have begun
+                return self.life
+
+    def begin(self) -> asyncio.Task[None]:
+        """Has an actor made where there is none, without waiting for it."""
         if self._closed:
             raise MedSegError(f"{self.name} was closed")
-        if self._begun is None:
+        if self._begun is None or self.failure is not None:
             self._begun = asyncio.get_running_loop().create_task(self._begin())
-        task = self._begun
-        try:
-            await asyncio.shield(task)
-        except BaseException:
-            if task.done() and self._begun is task:
-                self._begun = None
-            raise
-        return self.life
+        return self._begun
 
     async def ask(self, method: str, *arguments: Any, life: int | None = None, **keywords: Any) -> Any:
-        """The result of a method of the part. LostError where the actor dies over it, or is not of the `life` meant."""
-        now = await self.alive()
-        if life is not None and life != now:
-            raise LostError(f"{self.name} was replaced")
+        """The result of a method of the part. LostError where the actor dies over it.
+
+        Where a `life` is meant whose actor is gone, LostError at once: a successor could not answer, and may take long
+        to find its place, or never find one.
+        """
+        if life is None:
+            await self.alive()
+        elif life != self.life or not self.there:
+            raise LostError(f"{self.name} is gone or was replaced")
         return await self._ask(self.actor, "call", method, *arguments, **keywords)
 
     async def ask_again(self, method: str, *arguments: Any, **keywords: Any) -> Any:
@@ -119,13 +124,16 @@ class Remote:
         task = self._begun
         return task is not None and task.done() and not task.cancelled() and task.exception() is None
 
+    @property
+    def failure(self) -> BaseException | None:
+        """Why no actor could begin when it was last tried; None where one is there, or may yet come."""
+        task = self._begun
+        return None if task is None or not task.done() or task.cancelled() else task.exception()
+
     def kill(self) -> None:
         """Ends the actor; the next who asks gets a new one."""
-        import ray
-
         if self.actor is not None:
-            ray.kill(self.actor, no_restart=True)
-        self._gone(self.actor)
+            self._end(self.actor)
 
     async def close(self) -> None:
         """Ends the part and its actor for good."""
@@ -149,7 +157,8 @@ class Remote:
             self.life += 1
             self.actor = ray.remote(Host).options(**self._placed()).remote(self.build, self.arguments)
             try:
-                self.known = await self._ask(self.actor, "begin", list(self.attributes), timeout=self.patience)
+                left = max(1.0, until - time.monotonic())
+                self.known = await self._ask(self.actor, "begin", list(self.attributes), timeout=left)
                 await self._revive()
                 return
             except LostError as error:
@@ -176,8 +185,11 @@ class Remote:
         except TimeoutError:
             self._end(actor)
             raise LostError(f"{self.name} gave no answer within {timeout:g} s and was ended") from None
-        except (broken.RayActorError, broken.ObjectLostError, broken.OwnerDiedError) as error:
-            self._gone(actor)
+        except (broken.RayTaskError, broken.RuntimeEnvSetupError, broken.ObjectStoreFullError) as error:
+            # what another actor would say too: an answer that cannot travel, a store without room
+            raise MedSegError(f"{self.name}, {method}: {_reason(getattr(error, 'cause', None) or error)}") from None
+        except broken.RayError as error:  # the actor, its node or its place is gone, or what it had sent
+            self._end(actor)
             raise LostError(f"{self.name} is gone: {_reason(error)}") from None
         if not well:
             raise value
@@ -186,7 +198,8 @@ class Remote:
     def _end(self, actor: Any) -> None:
         import ray
 
-        ray.kill(actor, no_restart=True)
+        with suppress(Exception):  # it is gone, or the cluster is
+            ray.kill(actor, no_restart=True)
         self._gone(actor)
 
     def _gone(self, actor: Any) -> None:

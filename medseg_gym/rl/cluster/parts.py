@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 from collections.abc import Mapping
@@ -68,8 +69,9 @@ async def _made(config: GRPOConfig, held: _Held) -> Parts:
 
     build, arguments = build_of(config, folder := starting_folder(config).resolve())
     tokens = ChatTokens.from_pretrained(folder)
-    places = held.places = _places(config)
-    tools = held.tools = _tools(config)
+    # These wait for room, in threads, so that a stop is heard meanwhile.
+    places = await asyncio.to_thread(_places, config, held)
+    tools = await asyncio.to_thread(_tools, config, held)
     settings: dict[str, Any] = {"timeout": config.call_timeout, "patience": config.patience_s}
     workers = [
         RemoteWorker(
@@ -80,6 +82,7 @@ async def _made(config: GRPOConfig, held: _Held) -> Parts:
                 "size": config.size,
                 "options": dict(config.env_options),
                 "protocol_options": dict(config.protocol_options),
+                **({"questions": config.questions} if config.questions else {}),
                 **({"tool_actor": tools[number % len(tools)]} if tools else {}),
             },
             slots=config.slots // config.workers,
@@ -105,6 +108,7 @@ async def _made(config: GRPOConfig, held: _Held) -> Parts:
         config.iterations,
         config.call_timeout,
         [shares(config.learner_cpus, config.learner_gpus, **_in(places, rank)) for rank in range(config.ranks)],
+        config.patience_s,
     )
     return Parts(
         workers=workers,
@@ -124,7 +128,7 @@ def _cpus(config: GRPOConfig) -> int:
     return max(os.cpu_count() or 1, math.ceil(given))
 
 
-def _places(config: GRPOConfig) -> Any:
+def _places(config: GRPOConfig, held: _Held) -> Any:
     """The placement group of engines and learner ranks that share bundles, one of each; None where they are apart."""
     if config.placement != "colocated":
         return None
@@ -134,6 +138,7 @@ def _places(config: GRPOConfig) -> Any:
     if gpus := config.engine_gpus + config.learner_gpus:
         bundle["GPU"] = gpus
     group = placement_group([dict(bundle) for _ in range(max(config.engines, config.ranks))], strategy="PACK")
+    held.places = group
     if not group.wait(config.patience_s):
         raise MedSegError(
             f"the cluster has no room for {max(config.engines, config.ranks)} bundles of {bundle}; give smaller shares "
@@ -150,7 +155,7 @@ def _in(places: Any, bundle: int) -> Mapping[str, Any]:
     return {"scheduling_strategy": PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=bundle)}
 
 
-def _tools(config: GRPOConfig) -> list[Any]:
+def _tools(config: GRPOConfig, held: _Held) -> list[Any]:
     """The tools of the tool actors, which all workers share with their embeddings."""
     if not config.tool_actors:
         return []
@@ -158,16 +163,17 @@ def _tools(config: GRPOConfig) -> list[Any]:
 
     options = dict(config.env_options.get("tool_options") or {})
     name = config.env_options.get("tool", _made_of(config)["tool"])
-    return [
-        start_actor(
+    for _ in range(config.tool_actors):
+        tool = start_actor(
             name,
             max_restarts=-1,
-            timeout=config.call_timeout,
+            timeout=config.patience_s,
             ray_options=shares(config.tool_cpus, config.tool_gpus),
             **options,
         )
-        for _ in range(config.tool_actors)
-    ]
+        tool.timeout = config.call_timeout
+        held.tools.append(tool)
+    return held.tools
 
 
 def _made_of(config: GRPOConfig) -> Mapping[str, Any]:

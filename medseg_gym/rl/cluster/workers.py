@@ -73,15 +73,25 @@ def make(*, tool_actor: Any = None, options: Mapping[str, Any] | None = None, **
 
 
 def _own(observed: Observed) -> Observed:
-    """With pictures of its own: those that come are views of Ray's store, which would have to keep them."""
+    """With pictures of its own: those that come are views of Ray's store, which would have to keep them.
+
+    The messages' pictures are those of `images`, and stay so: one copy of each.
+    """
+    copies: dict[int, np.ndarray[Any, Any]] = {}
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return value
+        if id(value) not in copies:
+            copies[id(value)] = np.array(value)
+            copies[id(value)].flags.writeable = False
+        return copies[id(value)]
+
     messages = [
-        {**message, "content": [_copied(part) for part in message["content"]]}
+        {**message, "content": [{key: copied(value) for key, value in part.items()} for part in message["content"]]}
         if not isinstance(message["content"], str)
         else message
         for message in observed.messages
     ]
-    return replace(observed, messages=messages)
-
-
-def _copied(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: np.array(value) if isinstance(value, np.ndarray) else value for key, value in part.items()}
+    images = tuple(replace(image, pixels=copied(image.pixels)) for image in observed.images)
+    return replace(observed, messages=messages, images=images)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
@@ -15,6 +13,7 @@ from medseg_gym.errors import BadDataError, MedSegError
 from medseg_gym.rl import sync
 from medseg_gym.rl.engines.base import EngineStatus, GenRequest, GenResult, WeightRef
 from medseg_gym.rl.engines.checks import check_request
+from medseg_gym.rl.scratch import make_scratch, remove_scratch
 from medseg_gym.rl.tokens import ChatTokens
 from medseg_gym.rl.types import Finish
 
@@ -64,7 +63,7 @@ class VLLMEngine:
             ) from None
         self.tokens = tokens or ChatTokens.from_pretrained(folder)
         self.shapes = _shapes(Path(folder))
-        self._scratch = Path(tempfile.mkdtemp(prefix="medseg-gym-", dir=_shared_memory()))
+        self._scratch = make_scratch()
         self._version = version
         self._mode: Literal["", "wait", "abort", "keep"] = ""
         self._broken = ""
@@ -223,13 +222,17 @@ class VLLMEngine:
         weights = await asyncio.to_thread(sync.load, source)
         sync.check(weights, self.shapes, source.full)
         _check_whole_modules(weights, self.shapes)
-        if not source.folder:
+        own = not source.folder
+        if own:
             source = await asyncio.to_thread(sync.publish, weights, source.version, source.full, self._scratch)
         try:
             await self.engine.collective_rpc("medseg_gym_load", args=(str(sync.file(source)),))
         except BaseException as error:
             self._broken = f"the engine's weights are half those of version {source.version}: {error!r}; start it anew"
             raise MedSegError(self._broken) from error
+        finally:
+            if own:  # all of a model may lie there, in the machine's memory
+                sync.file(source).unlink(missing_ok=True)
         if not await self.engine.reset_prefix_cache(reset_running_requests=True):
             raise MedSegError("vLLM could not forget its prefix cache; what it holds is of the old weights")
         await self.engine.reset_encoder_cache()
@@ -239,7 +242,7 @@ class VLLMEngine:
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        remove_scratch(self._scratch)
 
 
 def _check_whole_modules(weights: Mapping[str, Any], known: Mapping[str, Sequence[int]]) -> None:
@@ -268,7 +271,3 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     if not found:
         raise MedSegError(f"no safetensors in {folder}; give the path of a local checkpoint")
     return found
-
-
-def _shared_memory() -> str | None:
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
