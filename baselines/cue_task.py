@@ -32,13 +32,13 @@ UNSEEN = 64  # cases of the split "test" that results are told of
 
 
 def demonstrations(
-    count: int, rng: np.random.Generator, *, right: float = RIGHT, tool: str = TOOL
+    count: int, rng: np.random.Generator, *, right: float = RIGHT, tool: str = TOOL, difficulty: float = 0.5
 ) -> list[tuple[Trajectory, Image]]:
     """A demonstration for each of the first `count` cases of the split "train", with its (64, 64, 3) image.
 
     A share of `right`, rounded to whole cases, boxes the target; the others box another block, any of the three.
     """
-    dataset, segment = Phantom(task="cue"), tools.make(tool)
+    dataset, segment = Phantom(task="cue", difficulty=difficulty), tools.make(tool)
     wrong = set(rng.permutation(count)[round(right * count) :].tolist())
     pairs = []
     for case, key in enumerate(dataset.keys("train")[:count]):

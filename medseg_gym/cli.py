@@ -1,4 +1,4 @@
-"""The command line: medseg-gym envs | evaluate | report | data ... | tools ..."""
+"""The command line: medseg-gym envs | evaluate | report | serve | data ... | tools ..."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import typer
 from medseg_gym import __version__
 from medseg_gym.cli_data import app as data_app
 from medseg_gym.cli_leaderboard import app as leaderboard_app
+from medseg_gym.cli_recipe import app as recipe_app
+from medseg_gym.cli_serve_env import serve
 from medseg_gym.cli_terminal import clean_errors, console, progress_bars
 from medseg_gym.cli_tools import app as tools_app
 from medseg_gym.cli_train import grpo, sft
 from medseg_gym.cli_trajectories import app as trajectories_app
 from medseg_gym.cli_verify import rescore
+from medseg_gym.cli_vqa import evaluate_vqa, prepare_vqa
 from medseg_gym.errors import MedSegError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data", help="Prepare, list and check datasets.")
 app.add_typer(leaderboard_app, name="leaderboard", help="Play suites, build the leaderboard, freeze results.")
+app.add_typer(recipe_app, name="recipe", help="The papers' experiments, each in one command.")
 app.add_typer(tools_app, name="tools", help="List tools, get their weights, embed datasets, serve.")
 app.add_typer(trajectories_app, name="trajectories")
 
@@ -157,6 +161,9 @@ def report(
 app.command()(rescore)
 app.command()(sft)
 app.command()(grpo)
+app.command()(serve)
+app.command()(evaluate_vqa)
+data_app.command()(prepare_vqa)
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

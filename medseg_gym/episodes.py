@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from medseg_gym.errors import BadDataError
-from medseg_gym.types import EPISODE_SCHEMA, Action, Box, Click, Episode, Mask, Stop, Turn, Undo, Unreadable
+from medseg_gym.types import EPISODE_SCHEMA, Action, Answer, Box, Click, Episode, Mask, Stop, Turn, Undo, Unreadable
 
 MAX_MASK_PIXELS = 64_000_000
 
@@ -70,7 +70,7 @@ def encode_action(action: Action | Unreadable) -> dict[str, Any]:
     return {"do": type(action).__name__.lower(), **asdict(action)}
 
 
-_ACTIONS: dict[str, type] = {t.__name__.lower(): t for t in (Click, Box, Stop, Undo, Unreadable)}
+_ACTIONS: dict[str, type] = {t.__name__.lower(): t for t in (Click, Box, Stop, Undo, Answer, Unreadable)}
 
 
 def decode_action(record: Mapping[str, Any]) -> Action | Unreadable:
@@ -79,7 +79,7 @@ def decode_action(record: Mapping[str, Any]) -> Action | Unreadable:
         kind = _ACTIONS[record["do"]]
         values = {name: value for name, value in record.items() if name != "do"}
         for name, value in values.items():
-            wanted = {"positive": bool, "reason": str}.get(name, int)
+            wanted = {"positive": bool, "reason": str, "text": str}.get(name, int)
             if type(value) is not wanted:
                 raise TypeError(f"{name} is {value!r}; wanted {wanted.__name__}")
         return kind(**values)

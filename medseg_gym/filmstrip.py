@@ -13,7 +13,7 @@ import numpy as np
 from medseg_gym.episodes import decode_mask
 from medseg_gym.frames import Letterbox
 from medseg_gym.render import draw_contour, frame
-from medseg_gym.types import Action, Box, Click, Episode, Image, Mask, Prompt, Sample, Stop, Undo, Unreadable
+from medseg_gym.types import Action, Answer, Box, Click, Episode, Image, Mask, Prompt, Sample, Stop, Undo, Unreadable
 
 PAPER, INK, MUTED = (255, 255, 255), (27, 29, 33), (105, 111, 121)
 
@@ -125,6 +125,8 @@ def action_text(action: Action | Unreadable) -> str:
             return "stop"
         case Undo():
             return "undo"
+        case Answer(text=text):
+            return f"answer: {text[:40]}"
         case _:
             return "unreadable"
 
@@ -148,7 +150,13 @@ def episode_panels(sample: Sample, episode: Episode, size: int = 256, *, zoom: b
     letterbox = Letterbox(image.shape[0], image.shape[1], size)
     panels = [Panel(draw_contour(letterbox.view_image(image), target, letterbox), sample.structure, "target")]
     if start is not None:
-        panels.append(Panel(frame(image, region.cut(start), (), size, target=target), "start", f"{episode.iou[0]:.2f}"))
+        panels.append(
+            Panel(
+                frame(image, region.cut(start), (), size, target=target),
+                "start",
+                f"{episode.iou[0]:.2f}" if episode.iou else "",
+            )
+        )
     for number, turn, mask, (in_effect, numbers) in zip(count(1), episode.turns, masks, states, strict=False):
         picture = frame(
             image,
@@ -161,7 +169,8 @@ def episode_panels(sample: Sample, episode: Episode, size: int = 256, *, zoom: b
         )
         notes = tuple(f"{name} {signed(value)}" for name, value in turn.terms.items() if round(value, 2))
         heading = f"{number}  {action_text(turn.action)}"
-        panels.append(Panel(picture, heading, f"IoU {episode.iou[number]:.2f}", notes))
+        value = f"IoU {episode.iou[number]:.2f}" if episode.iou else ""  # a question has none
+        panels.append(Panel(picture, heading, value, notes))
     if episode.ended in ("failed", "unreadable"):
         panels[-1] = replace(panels[-1], notes=(f"{episode.ended}: counts 0", *panels[-1].notes))
     return panels

@@ -61,6 +61,13 @@ class Undo:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to a question about the picture, which ends its episode; no action vector holds one."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Unreadable:
     """A completion no action could be read from. It costs a turn, changes nothing and calls no tool."""
 
@@ -68,7 +75,7 @@ class Unreadable:
 
 
 Prompt = Click | Box
-Action = Click | Box | Stop | Undo
+Action = Click | Box | Stop | Undo | Answer
 
 
 @dataclass(frozen=True, slots=True, eq=False)

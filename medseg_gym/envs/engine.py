@@ -19,7 +19,21 @@ from medseg_gym.metrics import dice_of_areas, iou_of_areas
 from medseg_gym.render import Overlay
 from medseg_gym.tools.base import advance, empty_state, given_state
 from medseg_gym.tools.cache import CachedTool
-from medseg_gym.types import Box, Click, Ended, Image, Mask, MaskState, Sample, Stop, Turn, Undo, Unreadable, View
+from medseg_gym.types import (
+    Box,
+    Click,
+    Ended,
+    Episode,
+    Image,
+    Mask,
+    MaskState,
+    Sample,
+    Stop,
+    Turn,
+    Undo,
+    Unreadable,
+    View,
+)
 
 RESET_OPTIONS = ("sample", "start_mask")
 _warned: set[str] = set()
@@ -233,6 +247,10 @@ class Engine:
             )
             for outcome in self.slot(index).outcomes
         )
+
+    def recorded(self, index: int, episode: Episode) -> Episode:
+        """The record of a slot's episode as it is stored; an engine of other tasks words it its own way."""
+        return episode
 
     # one turn
 

@@ -12,7 +12,7 @@ def episode_of(engine: Engine, index: int, *, env: str, policy: str, seed: int, 
     """The record of a slot's episode so far. One that has not ended, or comes with an error, is "failed"."""
     slot = engine.slot(index)
     ended = "failed" if error or slot.ended is None else slot.ended
-    return Episode(
+    episode = Episode(
         env=env,
         tool=engine.tool.fingerprint,
         policy=policy,
@@ -33,3 +33,4 @@ def episode_of(engine: Engine, index: int, *, env: str, policy: str, seed: int, 
         error=error or slot.error,
         extra={"reward": describe(engine.reward)},
     )
+    return engine.recorded(index, episode)

@@ -120,7 +120,7 @@ class ActionCodec:
     def verb_of(action: Action) -> str:
         if isinstance(action, Click):
             return "positive" if action.positive else "negative"
-        return {Box: "box", Stop: "stop", Undo: "undo"}[type(action)]
+        return {Box: "box", Stop: "stop", Undo: "undo"}.get(type(action), "answer")
 
 
 def observation_space(kind: str, size: int, structures: int, horizon: int) -> spaces.Space[Any]:
