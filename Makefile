@@ -7,7 +7,7 @@ PINNED := pyproject.toml constraints.txt
 DEMO ?= runs/demo
 JOBS ?= 2
 
-.PHONY: help demo test test-fast test-newest test-vllm test-parity check soak format clean
+.PHONY: help demo test test-fast test-newest test-vllm test-parity docs check soak format clean
 
 help:
 	@echo "make demo         install, evaluate the scripted baselines, write $(DEMO)/report.html"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-newest  the env tests on the newest Gymnasium, in an environment of its own"
 	@echo "make test-vllm    a real vLLM server on this CPU, in an environment of its own (3.5 GB)"
 	@echo "make test-parity  SAM 2.1 against the sam2 package, in an environment of its own"
+	@echo "make docs         the documentation site, site/index.html"
 	@echo "make check        ruff and mypy"
 
 # One command with every pin, so that torch is never chosen by a range.
@@ -25,7 +26,7 @@ $(VENV)/.core: $(PINNED)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(PIP_INSTALL) -c constraints.txt torch==2.13.0 -e '.[dev,sb3,rllib,rl]'
+	$(PIP_INSTALL) -c constraints.txt torch==2.13.0 -e '.[dev,sb3,rllib,rl,docs]'
 	@touch $@
 
 # The newest Gymnasium needs neither torch nor ray for the envs, so this environment stays small.
@@ -83,7 +84,7 @@ demo: $(VENV)/.core
 
 # Two processes, each file in one of them: training on a CPU is most of the time.
 test: $(VENV)/.dev test-newest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=25 --durations-min=5
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"
@@ -91,6 +92,10 @@ test-fast: $(VENV)/.dev
 test-newest: $(VENV)-newest/.ready
 	$(VENV)-newest/bin/python -c "import gymnasium; print('gymnasium', gymnasium.__version__)"
 	$(VENV)-newest/bin/python -m pytest -q tests/test_env.py tests/test_vector.py tests/test_ids.py
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "Now open site/index.html; search needs a server: $(BIN)/python -m http.server --directory site"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -101,7 +106,7 @@ check: $(VENV)/.dev
 soak: $(VENV)/.dev
 	MEDSEG_GYM_FUZZ=1000000 $(BIN)/python -m pytest -q tests/test_protocol_fuzz.py
 	$(BIN)/python benchmarks/exploits.py --horizon 20
-	MEDSEG_GYM_SOAK=200 $(BIN)/python -m pytest -q -s tests/test_cluster_memory.py --timeout 7200
+	MEDSEG_GYM_SOAK=200 MEDSEG_GYM_SOAK_RESULT=benchmarks/results/cluster_memory.json $(BIN)/python -m pytest -q -s tests/test_cluster_memory.py --timeout 7200
 	$(BIN)/python baselines/learn_cue.py --out runs/learn_cue
 
 format: $(VENV)/.dev
@@ -109,4 +114,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-parity $(VENV)-vllm runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-parity $(VENV)-vllm runs site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
