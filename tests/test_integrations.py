@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from baseline_files import load
 from conftest import WITHOUT_WEIGHTS
 
 from medseg_gym import env_id
@@ -75,6 +77,85 @@ def test_rllib_ppo_trains_on_the_native_vector_env() -> None:
     runners = result["env_runners"]
     assert runners["num_env_steps_sampled"] >= 256
     assert np.isfinite(runners["episode_return_mean"])
+
+
+def _short(tmp_path: Path, steps: int) -> list[str]:
+    """The arguments of a baseline that is over in seconds."""
+    words = ["--env", ENV, "--images", "24", "--test", "4", "--every", "256", "--steps", str(steps)]
+    return [*words, "--out", str(tmp_path / "run"), "--result", str(tmp_path / "result.json")]
+
+
+def _check_result(tmp_path: Path, library: str, steps: list[int]) -> None:
+    from medseg_gym.policies.pixels import PixelNet
+
+    told = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    (seed,) = told["seeds"]
+    assert [point["steps"] for point in seed["curve"]] == steps
+    assert 0 < told["scripted"]["CentreClick"]["iou"] < told["scripted"]["BoxOnce"]["iou"] < 1
+    gap = seed["curve"][-1]["iou"] - told["scripted"]["CentreClick"]["iou"]
+    assert seed["against"]["CentreClick"]["mean"] == pytest.approx(gap)
+    assert str(tmp_path) not in json.dumps(told) and told["test"]["cases"] == 4
+    assert (tmp_path / "result.png").read_bytes()[:4] == b"\x89PNG"
+    assert PixelNet.load(tmp_path / "run" / f"ppo_{library}.safetensors").spec.structure == "optic disc"
+
+
+@pytest.mark.slow
+def test_the_stable_baselines_recipe_trains_resumes_and_tells_its_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("stable_baselines3")
+    baseline = load("sb3_ppo", monkeypatch)
+    baseline.main(_short(tmp_path, 256))
+    _check_result(tmp_path, "sb3", [0, 256])
+    baseline.main(_short(tmp_path, 512))
+    _check_result(tmp_path, "sb3", [0, 256, 512])
+
+
+@pytest.mark.slow
+def test_the_rllib_recipe_trains_and_tells_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray.rllib")
+    load("rllib_ppo", monkeypatch).main(_short(tmp_path, 256))
+    _check_result(tmp_path, "rllib", [0, 256])
+
+
+def test_the_native_vector_env_steps_as_stable_baselines_own_does() -> None:
+    """The same slots, seeds and actions: pictures, rewards, ends and last pictures agree over automatic resets."""
+    pytest.importorskip("stable_baselines3")
+    from stable_baselines3.common.env_util import make_vec_env
+
+    from medseg_gym.envs.sb3 import SB3VecEnv
+
+    options = {"size": 32, "horizon": 2, **SMALL}
+    theirs = make_vec_env(ENV, n_envs=3, seed=7, env_kwargs=options)
+    ours = SB3VecEnv(gym.make_vec(ENV, num_envs=3, autoreset_mode="SameStep", **options))
+    ours.seed(7)
+    np.testing.assert_array_equal(ours.reset(), theirs.reset())
+    ours.action_space.seed(0)
+    ended = 0
+    for _ in range(6):
+        actions = np.stack([ours.action_space.sample() for _ in range(3)])
+        (obs, rewards, done, infos), (obs2, rewards2, done2, infos2) = ours.step(actions), theirs.step(actions)
+        np.testing.assert_array_equal(obs, obs2)
+        np.testing.assert_allclose(rewards, rewards2, atol=1e-6)
+        np.testing.assert_array_equal(done, done2)
+        for one, two in zip(infos, infos2, strict=True):
+            assert one["TimeLimit.truncated"] == two["TimeLimit.truncated"]
+            assert one["ended"] == two["ended"] and one["reward_terms"] == two["reward_terms"]
+            assert ("terminal_observation" in one) == ("terminal_observation" in two)
+            if "terminal_observation" in one:
+                ended += 1
+                np.testing.assert_array_equal(one["terminal_observation"], two["terminal_observation"])
+    assert ended >= 3
+    with pytest.raises(MedSegError, match="SameStep"):
+        SB3VecEnv(gym.make_vec(ENV, num_envs=2, **options))
+
+
+def test_rllibs_env_creator_makes_coarse_standardised_envs() -> None:
+    config = {"id": ENV, "size": 32, "coarse": {"verbs": ("box",), "cells": 4}, "standardised": True, **SMALL}
+    single, vector = rllib_env(config), rllib_env({**config, "num_envs": 2})
+    np.testing.assert_array_equal(single.reset(seed=4)[0], vector.reset(seed=4)[0][0])
+    assert single.action_space == vector.single_action_space == gym.spaces.MultiDiscrete([1, 4, 4, 3])
+    assert vector.observation_space.contains(vector.step(np.zeros((2, 4), np.int64))[0])
 
 
 def test_float32_scales_single_and_vector_observations_alike() -> None:

@@ -75,8 +75,16 @@ def test_ibis_click_has_20_turns_of_clicks_alone() -> None:
 
 
 def test_quick_needs_nothing_but_the_package() -> None:
-    assert [entry.dataset for entry in suite("quick").entries] == ["Phantom", "Phantom"]
+    assert {entry.dataset for entry in suite("quick").entries} == {"Phantom"}
     assert all(missing(entry) is None for entry in suite("quick").entries)
+
+
+def test_networks_on_pixels_play_the_one_structure_they_know() -> None:
+    """And nothing else of the suite, where a picture would not tell them what is wanted."""
+    quick = suite("quick")
+    playing = [entry for entry in quick.entries if "PPO-SB3" in quick.policies_of(entry)]
+    assert [(entry.group, entry.options["structures"]) for entry in playing] == [("optic disc", ("optic disc",))]
+    assert set(quick.policies_of(playing[0])) == {*quick.policies, "PPO-SB3", "PPO-RLlib"}
 
 
 def test_every_entry_that_needs_no_data_has_cases_of_its_kind() -> None:

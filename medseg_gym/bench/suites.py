@@ -15,6 +15,8 @@ from medseg_gym.tools.cards import TOOLS
 
 # all that is built in; the oracles see the target, and are the ceiling that agents are held against
 SCRIPTED = ("Random", "CentreClick", "BoxOnce", "OracleClicks", "OracleBoxThenClicks", "XuClicks")
+TRAINED = ("PPO-SB3", "PPO-RLlib")  # small networks of the package that know ONE structure from its picture alone
+ONE_STRUCTURE = "optic disc"
 CLICKERS = ("Random", "CentreClick", "OracleClicks", "OracleClicks:keep_clicking=true", "XuClicks")
 NOISY = (
     *("OracleClicks", "OracleClicks:jitter=5", "OracleClicks:jitter=15", "OracleClicks:miss=0.2"),
@@ -203,7 +205,18 @@ _ALL = (
         "quick",
         "Quick",
         "Drawn phantoms with the tools that come with the package: minutes on a laptop, nothing to download.",
-        _pairs(("Phantom",), _HERE, cases=100),
+        (
+            *_pairs(("Phantom",), _HERE, cases=100),
+            # by itself, as a network on pixels is not told which structure is wanted
+            *_pairs(
+                ("Phantom",),
+                ("Nano",),
+                options={"structures": (ONE_STRUCTURE,)},
+                variant="optic-disc",
+                group=ONE_STRUCTURE,
+                policies=(*SCRIPTED, *TRAINED),
+            ),
+        ),
     ),
     Suite(
         "btcv",

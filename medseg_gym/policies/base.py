@@ -22,6 +22,11 @@ BUILTIN: dict[str, str] = {
     name: f"medseg_gym.policies.scripted:{name}"
     for name in ("Random", "CentreClick", "BoxOnce", "OracleClicks", "OracleBoxThenClicks", "XuClicks")
 }
+TRAINED: dict[str, str] = {  # networks on pixels; "PPO:weights=FILE" is one of your own
+    "PPO": "medseg_gym.policies.pixels:PixelPolicy",
+    "PPO-SB3": "medseg_gym.policies.pixels:sb3",
+    "PPO-RLlib": "medseg_gym.policies.pixels:rllib",
+}
 SPOKEN: dict[str, str] = {
     "TextOracle": "medseg_gym.policies.text_oracle:TextOracle",
     "vlm": "medseg_gym.policies.vlm:served",
@@ -78,7 +83,7 @@ def make(spec: str | Policy | Callable[..., Policy], env: Any = None, **options:
 
 def names() -> list[str]:
     """The names `make` knows: built-in ones, then entry points."""
-    own = [*BUILTIN, *SPOKEN]
+    own = [*BUILTIN, *TRAINED, *SPOKEN]
     return [*own, *sorted(point.name for point in metadata.entry_points(group=GROUP) if point.name not in own)]
 
 
@@ -119,7 +124,7 @@ def _write(value: Any) -> str:
 def _find(name: str) -> Any:
     if ":" in name:
         return _load(name)
-    if own := {**BUILTIN, **SPOKEN}.get(name):
+    if own := {**BUILTIN, **TRAINED, **SPOKEN}.get(name):
         return _load(own)
     found = [point for point in metadata.entry_points(group=GROUP) if point.name == name]
     if not found:
