@@ -91,7 +91,7 @@ def learn(
             folder.mkdir(parents=True, exist_ok=True)
             write_demonstrations(data, demonstrations, seed, right=right, difficulty=DIFFICULTY)
         start = supervised(seed, folder, {**sft, **more, "batch": round(sft["batch"] * wider)}, demonstrations)
-        found = {"sft": measured(start, cases, questions)}
+        found: dict[str, Any] = {"sft": measured(start, cases, questions)}
         say(f"seed {seed}, {name}: {_words(found['sft'])} after supervised training")
         if grpo.get("iterations"):
             settings = {**grpo, **more, "prompts": round(grpo["prompts"] * wider)}

@@ -22,7 +22,9 @@ from medseg_gym.env_server.client import EnvServerError
 from medseg_gym.env_server.limits import EnvLimits
 from medseg_gym.env_server.server import running
 from medseg_gym.errors import MedSegError
+from medseg_gym.policies.protocols.base import MAX_TEXT
 from medseg_gym.tools.stub import Stub
+from medseg_gym.types import Unreadable
 
 ENV = "MedSeg-v0"
 NAME = "f" * 32
@@ -79,6 +81,28 @@ def test_an_unreadable_action_is_told_what_was_wanted(url: str, action: Any, wan
     assert status == 400
     assert wanted in told["error"]
     assert send(url, "POST", "/step", {"action": {"undo": True}})[1]["info"]["turn"] == 1
+
+
+def test_what_a_chat_may_hold_is_bounded() -> None:
+    """A long text is an unreadable turn of which the beginning is kept; pictures are counted before they are drawn."""
+    limits = EnvLimits(chat_pixels=3 * 64 * 64)
+    with running({ENV: {"dataset": Blobs(), "tool": Stub()}}, limits=limits) as (url, _):
+        env = connect(url, ENV, size=16, horizon=9)
+        env.reset(seed=0)
+        env.say("x" * 3_000_000)
+        chat = env.chat(size=64)
+        assert [len(m["content"]) for m in chat if m["role"] == "assistant"] == [MAX_TEXT]
+        assert "has 3000000 characters" in chat[-1]["content"][1]["text"]
+        with pytest.raises(MedSegError, match=f"wanted texts of {MAX_TEXT} characters at most"):
+            env.step(Unreadable("x" * (MAX_TEXT + 1)))
+        env.step(Unreadable("?"))
+        assert len(env.chat(size=64)) == 6
+        env.step(Unreadable("?"))
+        with pytest.raises(MedSegError, match="4 pictures with size=64; a chat has 12288 pixels at most"):
+            env.chat(size=64)
+        assert len(env.chat(size=32)) == 8
+        assert len(env.chat("ibis", size=64)) == 2
+        env.close()
 
 
 @pytest.mark.parametrize(

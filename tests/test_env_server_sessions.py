@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
 from conftest import Blobs
 from test_env_server import ENV, call, play, served
 from test_serving_refusals import ask
 
 from medseg_gym.env_server import connect
-from medseg_gym.env_server.client import EnvServerError, SessionLostError
+from medseg_gym.env_server.client import EnvServerError, NoAnswerError, SessionLostError
 from medseg_gym.env_server.limits import EnvLimits
 from medseg_gym.env_server.server import running
 from medseg_gym.envs.segment import SegmentEnv
@@ -44,16 +45,19 @@ def test_a_call_that_is_sent_twice_counts_once(url: str) -> None:
     assert call(url, "POST", "/step", step) == first
     status, told = call(url, "POST", "/step", {**step, "call": 9})
     assert (status, told["error"]) == (409, "call 9; the next one is 3, or none to go unnumbered")
+    for target, other in (("/step", {**step, "action": {"stop": True}}), ("/reset", {"call": 2, "seed": 0})):
+        status, told = call(url, "POST", target, other)
+        assert (status, told["error"]) == (409, "call 2 was another request, and is done; the next one is 3")
+    assert call(url, "POST", "/step", step) == first
     call(url, "DELETE", "")
 
 
 def test_an_answer_lost_on_its_way_is_asked_for_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import urllib3
-
     remote = connect(url, ENV, size=16)
     remote.reset(seed=0)
     pool = remote._connection._pools.mine()
-    real, lost = pool.urlopen, []
+    real: Any = pool.urlopen
+    lost: list[int] = []
 
     def lossy(*arguments: Any, **keywords: Any) -> Any:
         answer = real(*arguments, **keywords)
@@ -65,6 +69,34 @@ def test_an_answer_lost_on_its_way_is_asked_for_again(url: str, monkeypatch: pyt
     monkeypatch.setattr(pool, "urlopen", lossy)
     info = remote.step(Box(2, 2, 20, 20))[-1]
     assert (lost, info["turn"], info["tool_calls"]) == ([200], 1, 1)
+    remote.close()
+
+
+@pytest.mark.parametrize("broken", [KeyboardInterrupt(), urllib3.exceptions.ReadTimeoutError(None, "", "slow")])  # type: ignore[arg-type]
+def test_after_an_answer_that_never_came_only_reset_goes_on(
+    url: str, broken: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next call, of the same number, would be given the answer of the lost one."""
+    remote, local = connect(url, ENV, size=16), SegmentEnv(Blobs(), Stub(), size=16)
+    remote.reset(seed=0)
+    pool = remote._connection._pools.mine()
+    with monkeypatch.context() as patch:
+        real = pool.urlopen
+
+        def lost(*arguments: Any, **keywords: Any) -> Any:
+            real(*arguments, **keywords)
+            raise broken
+
+        patch.setattr(pool, "urlopen", lost)
+        with pytest.raises(KeyboardInterrupt if isinstance(broken, KeyboardInterrupt) else NoAnswerError):
+            remote.step(Box(2, 2, 20, 20))
+    with pytest.raises(NoAnswerError, match="call reset"):
+        remote.step(Stop())
+    with pytest.raises(UnknownNameError):
+        remote.reset(options={"sample": "none"})
+    info, wanted = remote.reset(seed=1)[1], local.reset(seed=1)[1]
+    assert (info["key"], info["turn"]) == (wanted["key"], 0)
+    assert remote.step(Stop())[2] is True
     remote.close()
 
 
@@ -104,6 +136,22 @@ def test_options_that_the_server_has_fixed_stay_as_they_are() -> None:
             connect(url, ENV, split="train")
         told = ask(url, "GET", f"/v1/keys?env={ENV}&structure=bar&start=1")[1]
         assert told == {"keys": ["Blobs/test-1/bar", "Blobs/test-2/bar"], "start": 1, "total": 3}
+
+
+@pytest.mark.parametrize(
+    ("fixed", "case", "given"),
+    [
+        ({"split": "train"}, "Blobs/test-0/bar", "Blobs/train-0/bar"),
+        ({"structures": "disc"}, "Blobs/test-0/bar", "Blobs/test-0/disc"),
+        ({"split": "test", "structures": ["bar"]}, "Blobs/test-0/disc", "Blobs/test-0/bar"),
+    ],
+)
+def test_a_pinned_case_is_one_of_those_that_are_fixed(fixed: dict[str, Any], case: str, given: str) -> None:
+    with running(served(**fixed)) as (url, _):
+        remote = connect(url, ENV, size=16)
+        with pytest.raises(UnknownNameError, match=f'no case "{case}" in what this server has fixed'):
+            remote.reset(options={"sample": case})
+        assert remote.reset(options={"sample": given})[1]["key"] == given
 
 
 def test_every_episode_is_recorded_those_left_unfinished_as_failed(tmp_path: Path) -> None:

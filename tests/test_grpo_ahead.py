@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -208,8 +209,27 @@ def test_a_stop_while_groups_are_played_ahead_keeps_the_iteration_under_way(tmp_
 
 
 def test_a_lost_learner_ends_what_is_played_ahead_and_the_result_is_the_same(tmp_path: Path, whole: Any) -> None:
-    """Trap 17."""
-    ran(tmp_path, Mortal("step", 4, False, LostError))
+    """Trap 17: lost after its step, when an answer of the next iteration is under way, which is asked for again."""
+    asked: list[str] = []
+    under_way = asyncio.Event()
+
+    class Notes(Weighty):
+        async def generate(self, request: GenRequest) -> Any:
+            asked.append(request.id)
+            if request.id.startswith("train/4/"):
+                under_way.set()
+                await asyncio.sleep(0.01)
+            return await super().generate(request)
+
+    class Waits(Mortal):
+        async def step(self, plan: Any, objective: Any) -> dict[str, float]:
+            if self.steps == 2:
+                await asyncio.wait_for(under_way.wait(), 60)
+            return await super().step(plan, objective)
+
+    ran(tmp_path, Waits("step", 3, True, LostError), Notes())
+    ahead = Counter(name for name in asked if name.startswith("train/4/"))
+    assert set(ahead.values()) == {1, 2}  # some were asked before the loss, and none was played to its end
     assert result(tmp_path) == whole
 
 

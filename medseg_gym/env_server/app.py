@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -115,14 +116,14 @@ class _Server(Guard):
     async def reset(self, request: Request) -> Response:
         told = await self._json(request)
         seed, options = wire.read_reset(told)
-        return await self._moved(request, lambda session: session.reset(seed, options), told.get("call"))
+        return await self._moved(request, lambda session: session.reset(seed, options), told)
 
     async def step(self, request: Request) -> Response:
         told = await self._json(request)
         check_keywords("step", told, ("call", "action"))
         if "action" not in told:
             raise BadDataError(f'{wire.shown(told)} has no action; wanted {{"action": ...}}, with {wire.FORMS}')
-        return await self._moved(request, lambda session: session.step(told["action"]), told.get("call"))
+        return await self._moved(request, lambda session: session.step(told["action"]), told)
 
     async def picture(self, request: Request) -> Response:
         """The present picture as a PNG: what the agent sees, or with of=render the one for people."""
@@ -157,14 +158,19 @@ class _Server(Guard):
 
         def write(session: Session) -> Any:
             view = replace(session.env.view(), decisions=tuple(session.decisions))
-            return to_openai(chat.messages(view, protocols.make(protocol, session.env.verbs), int(size)))
+            spoken = protocols.make(protocol, session.env.verbs)
+            pictures, most = view.turn + 1 if spoken.history else 1, self.sessions.limits.chat_pixels
+            if pictures * int(size) ** 2 > most:
+                raise BadDataError(f"{pictures} pictures with size={size}; a chat has {most} pixels at most")
+            return to_openai(chat.messages(view, spoken, int(size)))
 
         return json_answer({"messages": await self.sessions.use(_name(request), write)})
 
-    async def _moved(self, request: Request, work: Any, call: Any) -> Response:
+    async def _moved(self, request: Request, work: Any, asked: Mapping[str, Any]) -> Response:
         from starlette.responses import Response
 
-        told, observation = await self.sessions.use(_name(request), work, call, moves=True)
+        mark = hashlib.sha256(json.dumps([request.url.path, asked]).encode()).digest()
+        told, observation = await self.sessions.move(_name(request), work, asked.get("call"), mark)
         if request.headers.get("accept", "").startswith(BYTES):
             return Response(wire.pack_answer(told, observation), media_type=BYTES)
         return json_answer({**told, "observation": wire.json_observation(observation)})

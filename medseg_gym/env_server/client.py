@@ -31,6 +31,10 @@ class EnvServerError(MedSegError, RuntimeError):
     """An env server that cannot be reached, refuses to work for us, or does not do what it should."""
 
 
+class NoAnswerError(EnvServerError):
+    """No answer came, or the server counts other calls than we: what a reset or step did is unknown; reset goes on."""
+
+
 class SessionLostError(EnvServerError):
     """The session is gone: closed, forgotten after a long pause, or of a server that was started anew."""
 
@@ -81,10 +85,11 @@ class RemoteEnv(gym.Env[Any, Any]):
             retries=retries,
             what="env server",
             start=f"medseg-gym serve --env {env}",
-            unreachable=EnvServerError,
+            unreachable=NoAnswerError,
             refused=_error,
         )
         self._session, self._open, self._calls = secrets.token_hex(16), False, 0
+        self._unsure = False  # whether the server may have counted a call that we have not
         self._image_size: tuple[int, int] | None = None
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
         told = self._json("PUT", "", {"env": env, "options": plain}, retries=FIRST_RETRIES)
@@ -159,10 +164,19 @@ class RemoteEnv(gym.Env[Any, Any]):
         return observation, reward, bool(told["terminated"]), bool(told["truncated"]), told["info"]
 
     def _move(self, what: str, request: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        body = json.dumps({"call": self._calls + 1, **request}).encode()
-        answer = self._ask("POST", f"/{what}", body, headers={"Accept": BYTES})
+        unsure = self._unsure
+        if unsure and what != "reset":
+            raise NoAnswerError(f"{self} gave no answer to the call before, which may be done or not; call reset")
+        number = {} if unsure else {"call": self._calls + 1}
+        body = json.dumps({**number, **request}).encode()
+        self._unsure = True  # until there is an answer: ^C may come first
+        try:
+            answer = self._ask("POST", f"/{what}", body, headers={"Accept": BYTES})
+        except MedSegError as error:
+            self._unsure = unsure or isinstance(error, NoAnswerError)
+            raise
         told, observation = wire.unpack_answer(answer)
-        self._calls = int(told["call"])
+        self._calls, self._unsure = int(told["call"]), False
         return told, observation
 
     def _json(self, method: str, target: str, request: Mapping[str, Any], retries: int) -> dict[str, Any]:
@@ -196,6 +210,8 @@ def _error(url: str, status: int, body: bytes) -> Exception:
     text, kind = str(told.get("error", f"HTTP {status}"))[:2000], str(told.get("kind", ""))
     if status == 401:
         return EnvServerError(f"{url} wants a token: give token=, or set ${TOKEN_VARIABLE} to the server's")
+    if status == 409:
+        return NoAnswerError(f"{url}: {text}")
     if status == 404 and kind == "LostError":
         return SessionLostError(f"{url}: {text}")
     if status == 400:

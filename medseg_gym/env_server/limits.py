@@ -18,10 +18,11 @@ class EnvLimits(WebLimits):
     size: int = 1024  # side of an observation that a client may choose
     horizon: int = 200  # turns that a client may choose: all their masks are kept until the next reset
     keys: int = 1000  # in one answer
+    chat_pixels: int = 2**25  # of all pictures of one chat: 128 of 512 x 512
 
     def told(self) -> dict[str, Any]:
         """Those that a client has to keep to, for the server's description."""
         return {name: value for name, value in asdict(self).items() if name in TOLD}
 
 
-TOLD = ("body_bytes", "sessions", "session_ttl", "size", "horizon", "keys")
+TOLD = ("body_bytes", "sessions", "session_ttl", "size", "horizon", "keys", "chat_pixels")

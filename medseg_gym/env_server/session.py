@@ -8,10 +8,10 @@ from typing import Any
 
 import gymnasium as gym
 
-from medseg_gym.datasets.base import Dataset
+from medseg_gym.datasets.base import SPLITS, Dataset
 from medseg_gym.env_server.wire import METRICS, OPTIONS, read_action, shown
 from medseg_gym.envs.segment import SegmentEnv
-from medseg_gym.errors import MedSegError, unknown
+from medseg_gym.errors import MedSegError, UnknownNameError, unknown
 from medseg_gym.tools.cache import CachedTool
 from medseg_gym.types import Decision, Episode, Unreadable
 
@@ -48,6 +48,16 @@ class Served:
                 raise MedSegError(f"option {name}={shown(value)}; this server has it fixed to {self.fixed[name]!r}")
         return SegmentEnv(self.dataset, self.tool, render_mode="rgb_array", **{**options, **self.fixed})
 
+    def check_case(self, key: object) -> None:
+        """UnknownNameError for a case outside the split and the structures that are fixed."""
+        if not isinstance(key, str) or not {"split", "structures"} & set(self.fixed):
+            return
+        splits = (self.fixed["split"],) if "split" in self.fixed else SPLITS
+        given = self.fixed.get("structures") or ()
+        structures = (given,) if isinstance(given, str) else tuple(given)
+        if not any(key in self.dataset.keys(split, structures) for split in splits):
+            raise UnknownNameError(f"no case {shown(key)} in what this server has fixed; /v1/keys tells what is")
+
     def told(self) -> dict[str, Any]:
         """What a client is told of it."""
         fixed = {name: value for name, value in self.fixed.items() if name in OPTIONS and isinstance(value, str | int)}
@@ -69,6 +79,7 @@ class Session:
     served: Served
     used: float
     calls: int = 0
+    mark: bytes = b""  # of the last of them: what was asked
     busy: int = 0
     decisions: list[Decision] = field(default_factory=list)
     recorded: bool = False  # whether `over` collects the episodes
@@ -88,6 +99,7 @@ class Session:
         }
 
     def reset(self, seed: int | None, options: Mapping[str, Any]) -> None:
+        self.served.check_case(options.get("sample"))
         unfinished = self._episode()
         self.env.reset(seed=seed, options=dict(options))
         self.over += unfinished

@@ -89,9 +89,13 @@ class Sessions:
             )
         return self._sessions.setdefault(name, session).told()
 
-    async def use(self, name: str, work: Callable[[Session], T], call: Any = None, *, moves: bool = False) -> T:
-        """Does something with a session, one thing at a time. A call that `moves` it may be numbered; the last one sent
-        again moves nothing. LostError, OrderError."""
+    async def move(self, name: str, work: Callable[[Session], object], call: Any, mark: bytes) -> tuple[Any, Any]:
+        """Does what moves a session, and gives what it is then. `call` may number it, `mark` stands for what was asked:
+        the last one sent again moves nothing, another under its number is refused. LostError, OrderError."""
+        return await self.use(name, lambda session: self._moved(session, work, call, mark))
+
+    async def use(self, name: str, work: Callable[[Session], T]) -> T:
+        """Does something with a session, one thing at a time. LostError."""
         self.sweep()
         session = self._sessions.get(name)
         if session is None:
@@ -101,7 +105,7 @@ class Sessions:
             )
         session.busy += 1
         try:
-            return await self.work(lambda: self._done(session, work, call, moves))
+            return await self.work(lambda: work(session))
         finally:
             session.busy -= 1
             session.used = time.monotonic()
@@ -146,13 +150,13 @@ class Sessions:
         except OSError as error:
             raise MedSegError(f"{self._record} cannot be written: {error.strerror}; choose another file") from None
 
-    def _done(self, session: Session, work: Callable[[Session], T], call: Any, moves: bool) -> T:
-        if not moves:
-            return work(session)
+    def _moved(self, session: Session, work: Callable[[Session], object], call: Any, mark: bytes) -> tuple[Any, Any]:
         if call is not None and (type(call) is not int or call not in (session.calls, session.calls + 1)):
             raise OrderError(f"call {shown(call)}; the next one is {session.calls + 1}, or none to go unnumbered")
         if call is None or call > session.calls:
             work(session)
-            session.calls += 1
+            session.calls, session.mark = session.calls + 1, mark
             self._keep(session)
-        return session.now(self.hide)  # type: ignore[return-value]
+        elif mark != session.mark:
+            raise OrderError(f"call {call} was another request, and is done; the next one is {session.calls + 1}")
+        return session.now(self.hide)

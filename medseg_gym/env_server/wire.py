@@ -6,6 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from medseg_gym.episodes import decode_action, decode_mask, encode_action, encod
 from medseg_gym.errors import BadDataError, InvalidActionError, check_keywords
 from medseg_gym.frames import GRID, Grid
 from medseg_gym.policies import protocols
+from medseg_gym.policies.protocols.base import MAX_TEXT
 from medseg_gym.types import Action, Box, Click, Decision, Image, Stop, Undo, Unreadable, View
 from medseg_gym.web.message import Message, pack
 
@@ -47,6 +49,8 @@ def read_action(given: Any, grid: Grid, verbs: tuple[str, ...]) -> Decision | li
         numbers = [value for value in encode_action(action).values() if type(value) is int]
         if any(abs(number) > 10**6 for number in numbers):
             raise InvalidActionError(f"action {shown(given)}: more than a million pixels away")
+        if any(len(text) > MAX_TEXT for text in given.values() if isinstance(text, str)):
+            raise InvalidActionError(f"action {shown(given)}; wanted texts of {MAX_TEXT} characters at most")
         return action
     if "text" in given:
         return _spoken(given, grid, verbs)
@@ -215,7 +219,8 @@ def _spoken(given: Mapping[str, Any], grid: Grid, verbs: tuple[str, ...]) -> Dec
     text, name = given["text"], given.get("protocol", "medsam-agent")
     if not isinstance(text, str) or not isinstance(name, str):
         raise InvalidActionError(f"action {shown(given)}; wanted text and protocol to be texts")
-    return protocols.make(name, verbs).parse(text, grid)
+    decision = protocols.make(name, verbs).parse(text, grid)
+    return replace(decision, text=text[:MAX_TEXT])  # a longer one is unreadable, and would be kept for every turn
 
 
 def _plain(action: Any) -> Any:

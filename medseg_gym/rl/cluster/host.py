@@ -82,7 +82,7 @@ class Remote:
             try:
                 await asyncio.shield(task)
             except BaseException:
-                if task.done() and self._begun is task:
+                if self.failure is not None and self._begun is task:  # not where only the waiting was cancelled
                     self._begun = None
                 raise
             if self._begun is task:  # or it is gone again, and its successor may not have begun

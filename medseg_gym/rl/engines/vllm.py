@@ -146,7 +146,7 @@ class VLLMEngine:
         from vllm.sampling_params import RequestOutputKind
 
         asked = time.perf_counter()
-        while self._mode:
+        while self._mode and not self._closed:  # after a close the event stays set, and never suspends
             await self._open.wait()
         if self._closed or self._broken:
             raise MedSegError(self._broken or "the engine was closed")
