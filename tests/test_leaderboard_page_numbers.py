@@ -21,7 +21,7 @@ from medseg_gym.bench.leaderboard_turns import SMALL
 from medseg_gym.bench.reported import reported
 from medseg_gym.bench.runs import find_runs, read_episodes, read_record
 from medseg_gym.bench.statistics import interval
-from medseg_gym.bench.suites import suite
+from medseg_gym.bench.suites import CORRUPTIONS, suite
 from medseg_gym.bench.summary import curves
 from medseg_gym.types import Episode
 
@@ -339,47 +339,51 @@ def test_the_totals_at_the_top_count_the_runs(root: Node) -> None:
 
 @pytest.mark.skipif(not (RESULTS / "robust").is_dir(), reason="the suite robust has no frozen results")
 def test_robustness_is_what_the_runs_on_corrupted_images_say(root: Node) -> None:
-    found: dict[tuple[str, str, str], float] = {}
+    found: dict[tuple[str, str, str, str], float] = {}
     for folder in find_runs(RESULTS / "robust"):
         (row,) = (read_record(folder / "summary.json") or {})["rows"]
-        variant = folder.parent.name.partition("@")[2] or "clean"
-        found[row["tool"], row["policy"], variant] = row["iou"]
+        env, _, variant = folder.parent.name.partition("@")
+        found[env.split("-")[1], row["tool"], row["policy"], variant or "clean"] = row["iou"]
     rows = rows_of(root.one("table", id="t-corrupted"))
     assert rows
     for row in rows:
-        tool, policy = agent(row)
-        clean = found[tool, policy, "clean"]
+        played = (row.all("td")[1].text, *agent(row))
+        clean = found[*played, "clean"]
         by_severity: dict[str, list[float]] = {}
         for cell in row.all("td", data_k="*"):
             key = cell["data-k"]
             if key == "clean":
                 assert cell.text == number(clean, 2)
                 continue
+            values = by_severity.setdefault(key[-1], [])
             if key.startswith("mean-"):
-                value = float(np.mean(by_severity[key[-1]]))
-            else:
-                value = found[tool, policy, key]
-                by_severity.setdefault(key[-1], []).append(value)
+                value = float(np.mean(values)) if len(values) == len(CORRUPTIONS) else None
+            elif (value := found.get((*played, key))) is not None:
+                values.append(value)
+            if value is None:  # not played; and a mean over some would be another number
+                assert cell.text == "\N{EM DASH}"
+                continue
             assert cell.text == f"{number(value, 2)} {signed(value - clean, 2)}"
     for row in rows_of(root.one("table", id="t-noisy")):
-        tool, policy = row["data-tool"], row.one("th").text
+        dataset, tool, policy = row.all("td")[1].text, row["data-tool"], row.one("th").text
         for cell in row.all("td", data_k="*"):
             options = cell["data-k"]
-            clean = found[tool, policy, "clean"]
+            clean = found[dataset, tool, policy, "clean"]
             if options == "clean":
                 assert cell.text == number(clean, 2)
             elif cell.text != "\N{EM DASH}":
-                value = found[tool, f"{policy}:{options}", "clean"]
+                value = found[dataset, tool, f"{policy}:{options}", "clean"]
                 assert cell.text == f"{number(value, 2)} {signed(value - clean, 2)}"
     for cell in (cell for row in rows_of(root.one("table", id="t-quick")) for cell in row.all(data_k="corrupted")):
         row = cell.parent
         assert row is not None
-        values = {
-            s: [v for (t, p, k), v in found.items() if (t, p) == agent(row) and k.endswith(f"-{s}")] for s in "35"
+        kept = {
+            s: [v for (*played, k), v in found.items() if played == ["Phantom", *agent(row)] and k.endswith(f"-{s}")]
+            for s in "35"
         }
         if cell.text != "\N{EM DASH}":
-            means = [float(np.mean(values[s])) for s in "35"]
-            clean = found[(*agent(row), "clean")]
+            means = [float(np.mean(kept[s])) for s in "35"]
+            clean = found["Phantom", *agent(row), "clean"]
             assert cell.text == f"{number(means[0], 2)}, {number(means[1], 2)} " + ", ".join(
                 percent(mean / clean) for mean in means
             )

@@ -20,7 +20,7 @@ from medseg_gym.errors import MedSegError
 from medseg_gym.trajectories.records import Trajectory
 from medseg_gym.trajectories.store import Pair, Trajectories, TrajectoryWriter
 from medseg_gym.trajectories.wordings import ANSWERS, STYLES, THOUGHTS
-from medseg_gym.types import Action, Box, Click, Mask, Stop, Undo, Unreadable
+from medseg_gym.types import Action, Answer, Box, Click, Mask, Stop, Undo, Unreadable
 
 BATCH = 32  # trajectories a writer is given at once
 
@@ -133,6 +133,8 @@ def situation(moment: Moment) -> str:
         return "fits" if present else "absent"
     if isinstance(moment.action, Undo):
         return "discard" if moment.given else "undo"
+    if isinstance(moment.action, Answer):
+        raise MedSegError("thoughts are written about outlines; this turn answers a question")
     again = isinstance(moment.last, Undo)
     if isinstance(moment.action, Box):
         return "new box" if present else "box again" if again else "first box"
