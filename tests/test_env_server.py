@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -254,3 +255,18 @@ def test_what_is_wrong_with_an_address_is_told(url: str) -> None:
         connect(url, ENV, sizes=3)
     with pytest.raises(MedSegError, match="the limit here is 1024"):
         connect(url, ENV, size=2048)
+
+
+def test_a_server_on_a_thread_leaves_the_logging_of_its_process_alone() -> None:
+    closed: list[bool] = []
+
+    class Handler(logging.Handler):
+        def close(self) -> None:
+            closed.append(True)
+            super().close()
+
+    handler = Handler()
+    with running(["MedSeg-Phantom-Stub-v0"]):
+        assert not closed
+    handler.close()
+    assert closed == [True]

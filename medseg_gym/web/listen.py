@@ -43,7 +43,7 @@ def listen(
     bound = _bound(host, port)
     scheme = "https" if certificate else "http"
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-    _server(app, limits, certificate, key, access_log, lambda: ready and ready(url)).run(sockets=[bound])
+    _server(app, limits, certificate, key, access_log, lambda: ready and ready(url), own=True).run(sockets=[bound])
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def listening(app: Any, limits: WebLimits, *, host: str, port: int) -> Iterator[
     """The address of an ASGI application served on a thread of this process, for tests and notebooks."""
     bound = _bound(host, port)
     ready = threading.Event()
-    server = _server(app, limits, None, None, False, ready.set)
+    server = _server(app, limits, None, None, False, ready.set, own=False)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="medseg-server", daemon=True)
     thread.start()
     try:
@@ -125,7 +125,10 @@ def _server(
     key: Path | None,
     access_log: bool,
     ready: Callable[[], object],
+    *,
+    own: bool,
 ) -> Any:
+    """`own` says that the process is the server's, which may then set up logging: that closes all handlers there are."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -141,6 +144,7 @@ def _server(
         loop="asyncio",
         access_log=access_log,  # request lines only: the token travels in a header
         log_level="info" if access_log else "warning",
+        log_config=uvicorn.config.LOGGING_CONFIG if own else None,
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
