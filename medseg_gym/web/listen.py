@@ -128,7 +128,7 @@ def _server(
     *,
     own: bool,
 ) -> Any:
-    """`own` says that the process is the server's, which may then set up logging: that closes all handlers there are."""
+    """`own` says that the process is the server's: it may then set up logging, which closes all handlers there are."""
     import uvicorn
 
     class Server(uvicorn.Server):
