@@ -21,7 +21,7 @@ from grpo_parts import CUE
 from safetensors.numpy import load_file
 
 from medseg_gym.adapters.rllib_grpo import GRPO as Facade
-from medseg_gym.adapters.rllib_grpo import NAME, GRPOConfig
+from medseg_gym.adapters.rllib_grpo import NAME, GRPOConfig, register
 from medseg_gym.errors import BadDataError, MedSegError, UnknownNameError
 from medseg_gym.rl import grpo
 from medseg_gym.rl.config import GRPOConfig as OwnConfig
@@ -214,6 +214,7 @@ def test_a_search_of_tune_that_is_killed_goes_on_and_ends_with_the_same_bits(
     assert not list((tmp_path / "search").glob("*/checkpoint_000002")), "the first trial was done before the kill"
 
     assert tune.Tuner.can_restore(str(tmp_path / "search"))
+    register()  # other tests' clusters came before this one
     results = tune.Tuner.restore(str(tmp_path / "search"), trainable=NAME).fit()
     assert len(results) == 2 and not results.errors
     for result in results:
