@@ -210,7 +210,7 @@ def _saved(folder: Path) -> dict[str, Any]:
 
 
 def register() -> None:
-    """Tells Tune the name. Importing this file does it for the next cluster; a later one in this process needs it too."""
+    """Tells Tune the name. Importing this file does it for the next cluster; a later one needs it again."""
     register_trainable(NAME, GRPO)
 
 
